@@ -1,0 +1,32 @@
+# make demo   set up and run the main job on this machine
+# make test   set up, check and run every test
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test check clean
+
+setup: $(STAMP)
+
+# torch first and by its pinned version: a bare `torch` would take the CUDA build with gigabytes of libraries.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(VENV)/bin/fedpipe demo
+
+check: setup
+	scripts/check
+
+test: setup mosquitto check
+	scripts/test
+
+.PHONY: mosquitto
+mosquitto:
+	@PATH="$$PATH:/usr/sbin" command -v mosquitto >/dev/null || scripts/install-mosquitto
+
+clean:
+	rm -rf $(VENV) dist build

@@ -1,0 +1,1 @@
+"""The edge daemon: profiles its server, trains when a plan arrives, keeps its data."""

@@ -1,0 +1,1 @@
+"""The cloud daemon: plans rounds, collects updates, aggregates them exactly."""

@@ -1,0 +1,1 @@
+"""The operator's face: the `fedpipe` command, the demo, the embedded broker."""
