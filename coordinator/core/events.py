@@ -1,0 +1,151 @@
+"""Facts, in the past tense: everything that can happen to the coordinator.  Counterpart of actions.py.
+
+Each is journalled before it is handled, so a restart replays them; bytes stay outside, events carry digests.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from coordinator.core.choice import Choice
+from coordinator.core.spec import JobSpec
+from protocol.messages import Blob, Evaluated, ExecState, Offer, Report, Surveyed
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", omit_defaults=True):
+    """Something that happened."""
+
+
+class JobSubmitted(Event, frozen=True, kw_only=True):
+    """An operator handed in a job that passed every check of its file."""
+
+    spec: JobSpec
+
+
+class JobCancelled(Event, frozen=True, kw_only=True):
+    """An operator asked for the end of a job."""
+
+    job: str
+    reason: str = "cancelled by the operator"
+
+
+class AgentJoined(Event, frozen=True, kw_only=True):
+    """A birth: the agent is there, with a new session or again after a silence."""
+
+    agent: str
+    session: str
+    software: str = ""
+    methods: list[str] = []
+
+
+class AgentLeft(Event, frozen=True, kw_only=True):
+    """A goodbye, a will, or a silence that lasted too long."""
+
+    agent: str
+    session: str
+    reason: str
+
+
+class AgentReported(Event, frozen=True, kw_only=True):
+    """New figures of an agent's resources."""
+
+    agent: str
+    report: Report
+
+
+class ShareMoved(Event, frozen=True, kw_only=True):
+    """An agent moved on with (or gave up) its share of a round."""
+
+    agent: str
+    job: str
+    round: int
+    attempt: int
+    serial: int
+    state: ExecState
+    reason: str = ""
+    surveyed: Surveyed | None = None
+    evaluated: Evaluated | None = None
+
+
+class UpdateOffered(Event, frozen=True, kw_only=True):
+    """An agent has an update to hand over."""
+
+    agent: str
+    offer: Offer
+
+
+class UpdateStored(Event, frozen=True, kw_only=True):
+    """An offered update is complete, verified against its digest and its plan, and durable."""
+
+    agent: str
+    offer: Offer
+
+
+class UpdateSpoiled(Event, frozen=True, kw_only=True):
+    """An offered update cannot be had or does not fit its plan."""
+
+    agent: str
+    offer: Offer
+    reason: str
+
+
+class PlanReady(Event, frozen=True, kw_only=True):
+    """The planner's answer: what each agent shall do."""
+
+    job: str
+    round: int
+    attempt: int
+    choices: dict[str, Choice]
+    notes: list[str] = []
+
+
+class PlanFailed(Event, frozen=True, kw_only=True):
+    """The planner found no plan."""
+
+    job: str
+    round: int
+    attempt: int
+    reason: str
+
+
+class Aggregated(Event, frozen=True, kw_only=True):
+    """A new version of the global adapter is stored."""
+
+    job: str
+    round: int
+    attempt: int
+    version: int
+    model: Blob
+    master: str
+    dropped_ratio: float = 0.0
+
+
+class AggregateFailed(Event, frozen=True, kw_only=True):
+    """No new version could be made."""
+
+    job: str
+    round: int
+    attempt: int
+    reason: str
+
+
+class Tick(Event, frozen=True, kw_only=True):
+    """Time passed: the instant of `wake_at` came."""
+
+
+Happened = (
+    JobSubmitted
+    | JobCancelled
+    | AgentJoined
+    | AgentLeft
+    | AgentReported
+    | ShareMoved
+    | UpdateOffered
+    | UpdateStored
+    | UpdateSpoiled
+    | PlanReady
+    | PlanFailed
+    | Aggregated
+    | AggregateFailed
+    | Tick
+)

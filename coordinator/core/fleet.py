@@ -1,0 +1,191 @@
+"""The coordinator's brain: one door in, a list of wishes out, no clock, no I/O, no global randomness.
+
+    handle(event, now) -> list[Wish]      the only method that changes anything
+    wake_at                               when to come back with a Tick
+    resume()                              after a restart: everything that should be under way, asked for again
+    check()                               asserts every invariant (tests, simulation)
+
+The shell journals an event, calls handle, performs the wishes.  A restart is snapshot + replay + resume, a simulation is the
+same class on virtual time.  What peers do wrong (duplicates, late and unknown messages) is counted and answered, never raised;
+a move that the tables do not hold is our own bug and raises IllegalMove.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from coordinator.core import actions as act
+from coordinator.core import events as ev
+from coordinator.core import uploads
+from coordinator.core.job import Job
+from coordinator.core.state import ENDED, STATE_VERSION, AgentState, FleetState, JobState, Phase
+from protocol.messages import TERMINAL, ExecState
+
+OfJob = (
+    ev.JobCancelled
+    | ev.ShareMoved
+    | ev.UpdateOffered
+    | ev.UpdateStored
+    | ev.UpdateSpoiled
+    | ev.PlanReady
+    | ev.PlanFailed
+    | ev.Aggregated
+    | ev.AggregateFailed
+)
+
+
+class Fleet:
+    """All agents and all jobs.  State changes only through `handle`."""
+
+    def __init__(self, state: FleetState | None = None) -> None:
+        self.state = state or FleetState()
+        self._now = 0.0
+
+    # ------------------------------------------------------------------------------------------------------ one door
+
+    def handle(self, event: ev.Happened, now: float) -> list[act.Wish]:
+        """Take in one fact at `now` (seconds since the epoch) and say what shall be done."""
+        self._now = now
+        out: list[act.Wish] = []
+        match event:
+            case ev.JobSubmitted():
+                self._submit(event, now, out)
+            case ev.AgentJoined():
+                self._joined(event, now, out)
+            case ev.AgentLeft():
+                self._left(event, now)
+            case ev.AgentReported():
+                self._agent(event.agent).report = event.report
+            case ev.Tick():
+                pass
+            case _:
+                self._to_job(event, now, out)
+        for state in self.state.jobs.values():
+            if state.phase not in ENDED:
+                Job(state, self.state, now, out).advance()
+        return out
+
+    @property
+    def wake_at(self) -> float | None:
+        """The next instant at which time alone changes something (seconds since the epoch)."""
+        jobs = (Job(s, self.state, self._now, []).wake_at for s in self.state.jobs.values())
+        return min((at for at in jobs if at is not None), default=None)
+
+    def resume(self, now: float) -> list[act.Wish]:
+        """What should be under way, after a restart or a lost broker.  Changes nothing."""
+        out: list[act.Wish] = []
+        for state in self.state.jobs.values():
+            job = Job(state, self.state, now, out)
+            job.resume()
+            uploads.resume(job)
+        return out
+
+    # ------------------------------------------------------------------------------------------------------- dispatch
+
+    def _to_job(self, event: OfJob, now: float, out: list[act.Wish]) -> None:
+        if isinstance(event, ev.UpdateOffered | ev.UpdateStored | ev.UpdateSpoiled):
+            name = event.offer.job
+        else:
+            name = event.job
+        state = self.state.jobs.get(name)
+        if state is None:
+            self._unknown_job(event, out)
+            return
+        job = Job(state, self.state, now, out)
+        match event:
+            case ev.UpdateOffered():
+                uploads.offered(job, event)
+            case ev.UpdateStored():
+                uploads.stored(job, event)
+            case ev.UpdateSpoiled():
+                uploads.spoiled(job, event)
+            case ev.ShareMoved():
+                job.share_moved(event)
+            case ev.PlanReady():
+                job.plan_ready(event)
+            case ev.PlanFailed():
+                job.plan_failed(event)
+            case ev.Aggregated():
+                job.aggregated(event)
+            case ev.AggregateFailed():
+                job.aggregate_failed(event)
+            case ev.JobCancelled() if state.phase not in ENDED:
+                job.end(Phase.CANCELLED, event.reason)
+
+    def _unknown_job(self, event: OfJob, out: list[act.Wish]) -> None:
+        self.state.counts["unknown_job"] = self.state.counts.get("unknown_job", 0) + 1
+        if isinstance(event, ev.UpdateOffered):
+            reason = f"superseded: there is no job {event.offer.job} here"
+            out.append(act.Decline(agent=event.agent, xfer=event.offer.blob.xfer, reason=reason))
+
+    def _submit(self, event: ev.JobSubmitted, now: float, out: list[act.Wish]) -> None:
+        name = event.spec.job.name
+        if name in self.state.jobs:  # the shell refuses a taken name; a replayed submission is harmless
+            return
+        self.state.jobs[name] = JobState(spec=event.spec, submitted_at=now, since=now)
+        Job(self.state.jobs[name], self.state, now, out).resume()
+
+    def _agent(self, name: str) -> AgentState:
+        return self.state.agents.setdefault(name, AgentState(id=name))
+
+    def _joined(self, event: ev.AgentJoined, now: float, out: list[act.Wish]) -> None:
+        agent = self._agent(event.agent)
+        reborn = agent.session != event.session
+        if reborn or not agent.online:
+            agent.since, agent.reason = now, ""
+        agent.session, agent.online = event.session, True
+        agent.software, agent.methods = event.software, event.methods
+        working = agent.task
+        for state in self.state.jobs.values():
+            if state.phase not in ENDED:
+                Job(state, self.state, now, out).rejoined(agent.id, reborn=reborn)
+        if not working:
+            out.append(act.Withdraw(agent=agent.id))
+
+    def _left(self, event: ev.AgentLeft, now: float) -> None:
+        agent = self._agent(event.agent)
+        if agent.session != event.session:
+            self.state.counts["stale_death"] = self.state.counts.get("stale_death", 0) + 1
+            return
+        if agent.online:
+            agent.online, agent.since, agent.reason = False, now, event.reason
+
+    # ----------------------------------------------------------------------------------------------------- invariants
+
+    def check(self) -> None:
+        """Assert what must hold between any two events.  Cost: linear in agents and shares."""
+        for agent in self.state.agents.values():
+            assert not agent.task or agent.task in self.state.jobs, f"{agent.id} works for no job"
+        for name, job in self.state.jobs.items():
+            busy = {a.id for a in self.state.agents.values() if a.task == name}
+            open_shares = {m.survey.agent for m in job.members.values() if m.survey and m.survey.state not in TERMINAL}
+            if job.round:
+                mine = {a for a, s in job.round.shares.items() if s.state not in TERMINAL}
+                assert not mine & open_shares, f"{name}: two shares for one agent"
+                open_shares |= mine
+                assert job.phase in {Phase.COLLECTING, Phase.AGGREGATING, Phase.EVALUATING}, (
+                    f"{name}: round in {job.phase}"
+                )
+                assert job.round.number == job.round_number + 1, f"{name}: round number"
+                for share in job.round.shares.values():
+                    done = share.state is ExecState.DONE
+                    assert not done or job.round.purpose == "evaluate" or share.offer, f"{name}: done without update"
+            assert busy == open_shares, f"{name}: busy {sorted(busy)} but open shares {sorted(open_shares)}"
+            assert job.phase not in ENDED or not busy, f"{name}: ended, yet agents work"
+            if job.phase is Phase.COLLECTING:
+                assert job.round, f"{name}: collecting without a round"
+        at = self.wake_at
+        assert at is None or at > self._now, f"wake_at {at} is not after {self._now}"
+
+
+def encode_state(state: FleetState) -> bytes:
+    """The snapshot's bytes (msgpack)."""
+    return msgspec.msgpack.encode(state)
+
+
+def decode_state(data: bytes) -> FleetState:
+    """The state from a snapshot.  Raises ValueError for a snapshot of a newer version."""
+    version = msgspec.msgpack.decode(data, type=dict[str, msgspec.Raw])["v"]
+    if msgspec.msgpack.decode(version, type=int) > STATE_VERSION:
+        raise ValueError("this state was written by a newer fedpipe: install that version again")
+    return msgspec.msgpack.decode(data, type=FleetState)

@@ -1,0 +1,399 @@
+"""One job: from the first survey to a named end, one round after the other.
+
+A job is a loop over one state, WAITING, from which every round starts and to which every round returns:
+
+    WAITING     agents are surveyed (what base, which matrices, how much data); with enough of them idle, a round is planned
+    PLANNING    the planner decides who trains what
+    COLLECTING  shares are out; updates come in; the round closes when all have answered, when enough have, or at its deadline
+    AGGREGATING the stored updates are folded into the next version
+    EVALUATING  after the last round everyone measures the final version
+
+A survey belongs to an agent, not to a phase: one that joins in round 7 is surveyed while the others train and takes part in
+round 8.  A share is an agent's part of a round.  Nothing here waits for an agent: shares end by an answer, by the deadline, or
+by the agent having vanished for longer than the grace.  A finished share outlives a failed attempt of its round, and a late
+update may enter the next aggregate at a discount, so work that was done is not thrown away.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+
+from coordinator.core import actions as act
+from coordinator.core import events as ev
+from coordinator.core import plans, survey
+from coordinator.core.choice import Choice
+from coordinator.core.state import (
+    ENDED,
+    MOVES,
+    AgentState,
+    Contribution,
+    FleetState,
+    JobState,
+    Phase,
+    Purpose,
+    Round,
+    Share,
+)
+from protocol.errors import IllegalMove
+from protocol.messages import TERMINAL, Cancel, ExecState
+
+
+class Job:
+    """The moves of one job over its state, for the length of one event.  Wishes are collected in `out`."""
+
+    def __init__(self, state: JobState, fleet: FleetState, now: float, out: list[act.Wish]) -> None:
+        self.state = state
+        self.fleet = fleet
+        self.now = now
+        self.out = out
+        self.name = state.spec.job.name
+        self.rules = state.spec.round
+
+    # ------------------------------------------------------------------------------------------------------- phases
+
+    def _move(self, to: Phase, reason: str = "") -> None:
+        if to not in MOVES[self.state.phase]:
+            story = f"job {self.name}: {self.state.phase} -> {to} in round {self.state.round_number}: {reason}"
+            raise IllegalMove(story)
+        self.state.phase, self.state.reason, self.state.since = to, reason, self.now
+        self.out.append(act.Announce(card=plans.job_card(self.state)))
+
+    def end(self, to: Phase, reason: str) -> None:
+        """End the job: free every agent, say why, hand out what there is."""
+        for member in self.state.members.values():
+            if member.survey and member.survey.state not in TERMINAL:
+                self.end_share(member.survey, 0, ExecState.CANCELLED, reason)
+        if self.state.round:
+            for share in self._open_shares():
+                self.end_share(share, self.state.round.number, ExecState.CANCELLED, reason)
+        self._move(to, reason)
+        self.state.ended_at, self.state.round = self.now, None
+        self.out.append(act.Finish(job=self.name, phase=str(to), reason=reason))
+
+    def advance(self) -> None:
+        """Do whatever has become possible or due."""
+        survey.ask(self)
+        if self.state.phase is Phase.WAITING:
+            self._start()
+        elif self.state.phase in {Phase.COLLECTING, Phase.EVALUATING}:
+            self._close_if_due()
+
+    @property
+    def wake_at(self) -> float | None:
+        """When something becomes due by time alone; None when nothing does."""
+        if self.state.phase in ENDED:
+            return None
+        due = [m.survey_close_at for m in self.state.members.values() if m.survey and m.survey.state not in TERMINAL]
+        if self.state.phase is Phase.WAITING:
+            waits = (self.rules.start_wait_s, self.rules.wait_s)
+            due += [at for wait in waits if (at := self.state.since + wait) > self.now]
+        if self.state.round and self.state.phase in {Phase.COLLECTING, Phase.EVALUATING}:
+            due.append(self.state.round.close_at)
+            gone = [a for s in self._open_shares() if not (a := self.fleet.agents[s.agent]).online]
+            due += [at for a in gone if (at := a.since + self.rules.offline_grace_s) > self.now]
+        return min(due, default=None)
+
+    # ------------------------------------------------------------------------------------------------- start a round
+
+    def may_join(self, agent: AgentState) -> bool:
+        """Whether this agent is there, is wanted, and knows the method."""
+        only = self.state.spec.job.only
+        return agent.online and (not only or agent.id in only) and self.state.spec.job.method in agent.methods
+
+    def _ready(self) -> list[str]:
+        agents, members = self.fleet.agents, self.state.members
+        return [
+            a
+            for a in sorted(members)
+            if members[a].surveyed and a not in self.state.carried and not agents[a].task and self.may_join(agents[a])
+        ]
+
+    def _start(self) -> None:
+        first = self.state.round_number == 0 and self.state.attempt == 0
+        pending = any(m.survey and m.survey.state not in TERMINAL for m in self.state.members.values())
+        if not (first and pending):
+            if any(m.surveyed for m in self.state.members.values()):
+                survey.pin_base(self)
+            ready = self._ready()
+            if self.state.round_number >= self.rules.n_rounds:
+                self._open("evaluate", {a: self._evaluation_choice() for a in ready})
+                return
+            if ready and len(ready) >= self._needed(first=first):
+                self._plan(ready)
+                return
+        if self.now >= self.state.since + self.rules.wait_s:
+            self.end(Phase.FAILED, self._no_agents())
+
+    def _needed(self, *, first: bool) -> int:
+        patient = first and self.now < self.state.since + self.rules.start_wait_s
+        wanted = max(self.rules.min_agents, self.rules.start_agents if patient else 0)
+        return wanted - len(self.state.carried)
+
+    def _no_agents(self) -> str:
+        out = [f"{a}: {m.excluded}" for a, m in sorted(self.state.members.items()) if m.excluded]
+        known = f"{len(self.fleet.agents)} agents known, {sum(a.online for a in self.fleet.agents.values())} online"
+        why = "; ".join(out[:5]) or "start agents, or lower round.min_agents"
+        return f"no_agents: {self.rules.min_agents} needed for {self.rules.wait_s:g} s; {known}; {why}"
+
+    def _plan(self, ready: list[str]) -> None:
+        if self.rules.n_agents:
+            wanted = math.ceil(self.rules.n_agents * self.rules.over_select_ratio) - len(self.state.carried)
+            draw = random.Random(plans.seed_of(self.state, self.state.round_number + 1, "select"))
+            ready = sorted(draw.sample(ready, min(max(wanted, 1), len(ready))))
+        self.state.planned = ready
+        self._move(Phase.PLANNING)
+        self.out.append(self._make_plan())
+
+    def _make_plan(self) -> act.MakePlan:
+        number = self.state.round_number + 1
+        return act.MakePlan(job=self.name, round=number, attempt=self.state.attempt, agents=self.state.planned)
+
+    def _evaluation_choice(self) -> Choice:
+        return Choice(ranks={}, bits=self.state.spec.adapter.bits, n_steps=1, batch=1)
+
+    def plan_ready(self, event: ev.PlanReady) -> None:
+        """Open the round with those of the planned agents that are still free; with none, wait."""
+        if not self._awaits(Phase.PLANNING, event.round, event.attempt):
+            return
+        free = {a: c for a, c in event.choices.items() if a in set(self._ready())}
+        if not free:
+            self._move(Phase.WAITING, "the planned agents left")
+            return
+        self._open("train", free)
+
+    def plan_failed(self, event: ev.PlanFailed) -> None:
+        """No plan, no round: the job ends and says what the planner said."""
+        if self._awaits(Phase.PLANNING, event.round, event.attempt):
+            self.end(Phase.FAILED, f"plan: {event.reason}")
+
+    def _awaits(self, phase: Phase, number: int, attempt: int) -> bool:
+        asked = (self.state.round_number + 1, self.state.attempt)
+        return self.state.phase is phase and (number, attempt) == asked
+
+    def _open(self, purpose: Purpose, choices: dict[str, Choice]) -> None:
+        rules, trains = self.rules, purpose == "train"
+        wanted = len(choices) + len(self.state.carried)
+        target = min(rules.n_agents, wanted) if trains and rules.n_agents else wanted
+        stop_at = self.now + (rules.train_s if trains else rules.survey_s)
+        self.state.round = Round(
+            number=self.state.round_number + 1,
+            attempt=self.state.attempt,
+            purpose=purpose,
+            opened_at=self.now,
+            stop_at=stop_at,
+            close_at=stop_at + (rules.grace_s if trains else 0.0),
+            target=target,
+            quorum=max(rules.min_agents, math.ceil(rules.quorum_ratio * target)) if trains else 0,
+            shares=dict(self.state.carried) if trains else {},
+        )
+        self.state.carried = {}
+        self._move(Phase.COLLECTING if trains else Phase.EVALUATING)
+        for agent, choice in sorted(choices.items()):
+            share = Share(agent=agent, attempt=self.state.attempt, choice=choice, assigned_at=self.now)
+            self.state.round.shares[agent] = share
+            self.fleet.agents[agent].task = self.name
+            self.out.append(
+                act.Assign(agent=agent, plan=plans.share_plan(self.state, self.state.round, share, self.now))
+            )
+        self._close_if_due()
+
+    # ------------------------------------------------------------------------------------------------ close a round
+
+    def _open_shares(self) -> list[Share]:
+        shares = self.state.round.shares if self.state.round else {}
+        return [s for _, s in sorted(shares.items()) if s.state not in TERMINAL]
+
+    def _vanished(self, share: Share) -> bool:
+        agent = self.fleet.agents[share.agent]
+        return not agent.online and self.now >= agent.since + self.rules.offline_grace_s
+
+    def _close_if_due(self) -> None:
+        round_ = self.state.round
+        assert round_ is not None
+        open_shares = self._open_shares()
+        n_done = sum(s.state is ExecState.DONE for s in round_.shares.values())
+        if self.now >= round_.close_at:
+            self._close(f"not in time: the round closed {round_.close_at - round_.opened_at:g} s after it opened")
+        elif round_.purpose == "train" and self.rules.n_agents and n_done >= round_.target:
+            self._close("superseded: enough others answered first")
+        elif all(self._vanished(s) for s in open_shares):
+            self._close("the agent vanished and did not come back in time")
+
+    def _close(self, why: str) -> None:
+        round_ = self.state.round
+        assert round_ is not None
+        for share in self._open_shares():
+            superseded = why.startswith("superseded")
+            if share.choice and round_.purpose == "train" and self.rules.late == "add":
+                self.state.missed.setdefault(share.agent, {})[round_.number] = share.choice.ranks
+            self.end_share(share, round_.number, ExecState.SUPERSEDED if superseded else ExecState.TIMED_OUT, why)
+        if round_.purpose == "evaluate":
+            self._record("completed")
+            self._move(Phase.COMPLETED)
+            self.state.ended_at, self.state.round = self.now, None
+            self.out.append(act.Finish(job=self.name, phase=str(Phase.COMPLETED), reason=""))
+            return
+        n_done = sum(s.state is ExecState.DONE for s in round_.shares.values())
+        if n_done >= round_.quorum:
+            round_.late, self.state.late = self.state.late, []
+            self._move(Phase.AGGREGATING)
+            self.out.append(self._aggregate())
+        else:
+            self._retry(f"quorum: {n_done} of the {round_.quorum} updates needed")
+
+    def _retry(self, why: str) -> None:
+        round_ = self.state.round
+        assert round_ is not None
+        self._record(why)
+        ends = sorted({f"{s.agent}: {s.reason}" for s in round_.shares.values() if s.reason})
+        self.state.carried = {a: s for a, s in round_.shares.items() if s.state is ExecState.DONE}
+        self.state.late = round_.late + self.state.late
+        self.state.round = None
+        self.state.attempt += 1
+        if self.state.attempt >= self.rules.max_attempts:
+            self.end(
+                Phase.FAILED,
+                f"{why} in round {round_.number} after {self.state.attempt} attempts; {'; '.join(ends[:5])}",
+            )
+        else:
+            self._move(Phase.WAITING, why)
+
+    def _record(self, outcome: str) -> None:
+        assert self.state.round is not None
+        record = plans.round_record(self.state, self.state.round, outcome, self.now)
+        self.out.append(act.Record(job=self.name, record=record))
+
+    def end_share(self, share: Share, number: int, to: ExecState, reason: str) -> None:
+        """End one share: free its agent and clear its plan; an agent that may still be at work is told to stop."""
+        share.state, share.reason, share.ended_at = to, reason, self.now
+        agent = self.fleet.agents[share.agent]
+        if agent.task == self.name:
+            agent.task = ""
+            stops = to not in {ExecState.DONE, ExecState.FAILED, ExecState.REJECTED}
+            cancel = Cancel(job=self.name, round=number, attempt=share.attempt, reason=reason[:2000]) if stops else None
+            self.out.append(act.Withdraw(agent=share.agent, cancel=cancel))
+
+    # ------------------------------------------------------------------------------------------------- aggregation
+
+    def _aggregate(self) -> act.Aggregate:
+        """Contributions in canonical order, so that the result does not depend on who came first."""
+        round_, spec = self.state.round, self.state.spec
+        assert round_ is not None
+        fresh = [
+            Contribution(agent=s.agent, round=round_.number, sha256=s.offer.blob.sha256, weight=float(s.offer.samples))
+            for s in round_.shares.values()
+            if s.state is ExecState.DONE and s.offer
+        ]
+        late = [
+            Contribution(
+                agent=c.agent,
+                round=c.round,
+                sha256=c.sha256,
+                weight=c.weight * self.rules.staleness_discount ** (round_.number - c.round),
+            )
+            for c in round_.late
+        ]
+        return act.Aggregate(
+            job=self.name,
+            round=round_.number,
+            attempt=round_.attempt,
+            version=self.state.version + 1,
+            master=self.state.master,
+            contributions=sorted(fresh + late, key=lambda c: (c.round, c.agent)),
+            matrices=self.state.matrices,
+            method=spec.job.method,
+            max_rank=spec.adapter.max_rank,
+            server_lr=spec.adapter.server_lr,
+            model_dtype=spec.adapter.model_dtype,
+        )
+
+    def aggregated(self, event: ev.Aggregated) -> None:
+        """A new version: the round is over."""
+        if not self._awaits(Phase.AGGREGATING, event.round, event.attempt):
+            return
+        self._record("aggregated")
+        state = self.state
+        state.version, state.model, state.master = event.version, event.model, event.master
+        state.round_number, state.attempt, state.round = event.round, 0, None
+        oldest = event.round - self.rules.max_staleness
+        state.missed = {a: {r: k for r, k in by.items() if r > oldest} for a, by in state.missed.items()}
+        state.seen = {a: {r: d for r, d in by.items() if r > oldest} for a, by in state.seen.items()}
+        state.late = [c for c in state.late if c.round > oldest]
+        self.out.append(act.Serve(job=self.name, blob=event.model))
+        self._move(Phase.WAITING)
+
+    def aggregate_failed(self, event: ev.AggregateFailed) -> None:
+        """The updates are all stored, so a failure here is the coordinator's own: a full disk, a missing file."""
+        if self._awaits(Phase.AGGREGATING, event.round, event.attempt):
+            self._record(f"aggregate: {event.reason}")
+            self.end(Phase.FAILED, f"aggregate: {event.reason}")
+
+    # ------------------------------------------------------------------------------------------------- from agents
+
+    def share_moved(self, event: ev.ShareMoved) -> None:
+        """An agent moved on with its share; an older or unknown transition is counted and ignored."""
+        share = self._share(event)
+        if share is None or event.serial <= share.serial:
+            self.count("stale_execution")
+            return
+        share.serial = event.serial
+        if event.round == 0:
+            survey.moved(self, share, event)
+            return
+        if event.evaluated and math.isfinite(event.evaluated.loss) and event.evaluated.version == self.state.version:
+            share.evaluated = event.evaluated
+        if share.state in TERMINAL:
+            return
+        round_ = self.state.round
+        assert round_ is not None
+        if event.state is ExecState.DONE and round_.purpose == "train":
+            return  # only a stored update makes a training share done
+        if event.state in TERMINAL:
+            self.end_share(share, event.round, event.state, event.reason)
+        else:
+            share.state = event.state
+
+    def _share(self, event: ev.ShareMoved) -> Share | None:
+        if event.round == 0:
+            member = self.state.members.get(event.agent)
+            share = member.survey if member else None
+        else:
+            round_ = self.state.round
+            share = round_.shares.get(event.agent) if round_ and round_.number == event.round else None
+        return share if share and share.attempt == event.attempt else None
+
+    def rejoined(self, agent: str, *, reborn: bool) -> None:
+        """An agent said birth: give it again what it should be doing; a new session also clears an old verdict."""
+        member = self.state.members.get(agent)
+        if member and reborn and member.excluded and not member.excluded.startswith("bad_base"):
+            member.excluded = ""
+        if member and member.survey and member.survey.state not in TERMINAL:
+            member.survey.serial = 0 if reborn else member.survey.serial
+            self.out.append(act.Assign(agent=agent, plan=plans.survey_plan(self.state, member, self.now)))
+        share = self.state.round.shares.get(agent) if self.state.round else None
+        if share and share.state not in TERMINAL and self.state.round:
+            share.serial = 0 if reborn else share.serial
+            plan = plans.share_plan(self.state, self.state.round, share, self.now)
+            self.out.append(act.Assign(agent=agent, plan=plan))
+
+    def count(self, kind: str) -> None:
+        """Count what a peer did wrong or twice."""
+        self.fleet.counts[kind] = self.fleet.counts.get(kind, 0) + 1
+
+    # ---------------------------------------------------------------------------------------------------- restart
+
+    def resume(self) -> None:
+        """Ask again for everything that is under way.  Changes nothing: a replay does not know of it."""
+        state = self.state
+        if state.phase in ENDED:
+            return
+        self.out.append(act.Announce(card=plans.job_card(state)))
+        if state.model:
+            self.out.append(act.Serve(job=self.name, blob=state.model))
+        for agent in sorted(state.members):
+            self.rejoined(agent, reborn=False)
+        if state.phase is Phase.PLANNING:
+            self.out.append(self._make_plan())
+        elif state.phase is Phase.AGGREGATING:
+            self.out.append(self._aggregate())

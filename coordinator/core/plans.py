@@ -1,0 +1,159 @@
+"""From state to messages: the plan of one share, the job card, the record of a round.  Pure functions."""
+
+from __future__ import annotations
+
+import hashlib
+
+from coordinator.core.state import JobState, Member, Phase, Purpose, Round, RoundRecord, Share, ShareRecord
+from protocol.messages import Base, Bits, Evaluation, ExecState, JobCard, Plan, Training
+
+_ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+def update_limit_bytes(job: JobState, ranks: dict[str, int]) -> int:
+    """The largest update that fits these ranks: its tensors plus room for names and framing.  Unit: bytes."""
+    item = _ITEM_BYTES[job.spec.adapter.update_dtype]
+    tensors = sum(ranks.get(m.name, 0) * (m.d_in + m.d_out) * item for m in job.matrices)
+    return tensors + 65_536 + 512 * len(ranks)
+
+
+def seed_of(job: JobState, round_number: int, purpose: str) -> int:
+    """A 31-bit seed that depends on (job seed, round, purpose) alone, so that a restart draws the same."""
+    text = f"{job.spec.job.seed}/{round_number}/{purpose}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+
+def _common(job: JobState, purpose: Purpose, now: float) -> dict[str, object]:
+    return {
+        "job": job.spec.job.name,
+        "purpose": purpose,
+        "method": job.spec.job.method,
+        "base": Base(source=job.spec.model.source, sha256=job.base_sha256 or job.spec.model.sha256),
+        "data": job.spec.job.data,
+        "held_out_ratio": job.spec.evaluate.held_out_ratio,
+        "data_seed": job.spec.job.seed,
+        "issued_at": now,
+    }
+
+
+def survey_plan(job: JobState, member: Member, now: float) -> Plan:
+    """Ask an agent to open its base model and its data and to say what it found."""
+    assert member.survey is not None
+    left_s = max(0.0, member.survey_close_at - now)
+    return Plan(
+        **_common(job, "survey", now),  # type: ignore[arg-type]
+        round=0,
+        attempt=member.survey.attempt,
+        bits=_bits(job, member.survey.agent),
+        stop_after_s=left_s,
+        ttl_s=left_s,
+    )
+
+
+def _bits(job: JobState, agent: str) -> Bits:
+    override = job.spec.agents.get(agent)
+    return (override.bits if override else None) or job.spec.adapter.bits
+
+
+def _evaluation(job: JobState, round_: Round) -> Evaluation | None:
+    spec = job.spec.evaluate
+    wanted = round_.purpose == "evaluate" or (round_.number - 1) % spec.every == 0
+    return Evaluation(max_samples=spec.max_samples, metrics=list(spec.metrics)) if wanted else None
+
+
+def _training(job: JobState, round_: Round, share: Share) -> Training | None:
+    if round_.purpose != "train" or share.choice is None:
+        return None
+    spec, choice = job.spec.train, share.choice
+    return Training(
+        n_steps=choice.n_steps,
+        batch=choice.batch,
+        accumulation=choice.accumulation,
+        checkpointing=choice.checkpointing,
+        learning_rate=spec.learning_rate,
+        weight_decay=spec.weight_decay,
+        max_gradient_norm=spec.max_gradient_norm,
+        warmup_steps=spec.warmup_steps,
+        max_tokens=spec.max_tokens,
+        packing=spec.packing,
+        seed=seed_of(job, round_.number, f"train/{share.agent}"),
+    )
+
+
+def share_plan(job: JobState, round_: Round, share: Share, now: float) -> Plan:
+    """The complete plan of one share, with the time that is left of the round."""
+    assert share.choice is not None
+    trains = round_.purpose == "train"
+    return Plan(
+        **_common(job, round_.purpose, now),  # type: ignore[arg-type]
+        round=round_.number,
+        attempt=share.attempt,
+        bits=share.choice.bits,
+        version=job.version,
+        model=job.model,
+        ranks=share.choice.ranks if trains else {},
+        alpha=job.spec.adapter.alpha,
+        train=_training(job, round_, share),
+        evaluate=_evaluation(job, round_),
+        update_dtype=job.spec.adapter.update_dtype,
+        max_update_bytes=update_limit_bytes(job, share.choice.ranks) if trains else 0,
+        stop_after_s=max(0.0, round_.stop_at - now),
+        ttl_s=max(0.0, round_.close_at - now),
+    )
+
+
+def job_card(job: JobState) -> JobCard:
+    """The job as anyone with read access to the bus may see it."""
+    return JobCard(
+        job=job.spec.job.name,
+        method=job.spec.job.method,
+        base=Base(source=job.spec.model.source, sha256=job.base_sha256 or job.spec.model.sha256),
+        data=job.spec.job.data,
+        phase=str(job.phase),
+        round=job.round_number,
+        n_rounds=job.spec.round.n_rounds,
+        reason=job.reason[:2000],
+    )
+
+
+def _share_record(share: Share) -> ShareRecord:
+    offer, choice = share.offer, share.choice
+    return ShareRecord(
+        state=str(share.state),
+        reason=share.reason or (offer.stopped if offer else ""),
+        samples=offer.samples if offer else 0,
+        loss=offer.loss if offer else None,
+        bytes_up=offer.blob.size if offer and share.state is ExecState.DONE else 0,
+        bytes_down=offer.bytes_down if offer else 0,
+        train_s=offer.train_s if offer else 0.0,
+        wall_s=max(0.0, share.ended_at - share.assigned_at) if share.ended_at else 0.0,
+        evaluated=share.evaluated,
+        bits=choice.bits if choice else "",
+        rank_sum=sum(choice.ranks.values()) if choice else 0,
+    )
+
+
+def round_record(job: JobState, round_: Round, outcome: str, now: float) -> RoundRecord:
+    """How a round ended, with every share's end."""
+    done = [s.offer for s in round_.shares.values() if s.state is ExecState.DONE and s.offer]
+    weighted = [(o.samples, o.loss) for o in done if o.loss is not None]
+    total = sum(n for n, _ in weighted)
+    return RoundRecord(
+        round=round_.number,
+        attempt=round_.attempt,
+        purpose=round_.purpose,
+        version=job.version,
+        outcome=outcome,
+        opened_at=round_.opened_at,
+        wall_s=now - round_.opened_at,
+        loss=sum(n * loss for n, loss in weighted) / total if total else None,
+        shares={agent: _share_record(s) for agent, s in sorted(round_.shares.items())},
+    )
+
+
+def phase_text(job: JobState) -> str:
+    """One line for people: where the job stands and why."""
+    where = f"round {job.round_number + 1} of {job.spec.round.n_rounds}"
+    if job.phase in {Phase.COMPLETED, Phase.FAILED, Phase.CANCELLED}:
+        return f"{job.phase}: {job.reason}" if job.reason else str(job.phase)
+    return f"{job.phase}, {where}" + (f" (attempt {job.attempt + 1})" if job.attempt else "")

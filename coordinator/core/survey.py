@@ -1,0 +1,67 @@
+"""Surveys: what base an agent holds, which matrices it has, how much data, before it takes part in a round.
+
+A survey belongs to one agent and one job and runs whenever that agent is idle, next to any phase of the job.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from coordinator.core import actions as act
+from coordinator.core import events as ev
+from coordinator.core import plans
+from coordinator.core.state import Member, Share
+from protocol.messages import TERMINAL, ExecState
+
+if TYPE_CHECKING:
+    from coordinator.core.job import Job
+
+
+def ask(job: Job) -> None:
+    """End surveys that took too long; survey every idle agent that is new to the job."""
+    for member in job.state.members.values():
+        if member.survey and member.survey.state not in TERMINAL and job.now >= member.survey_close_at:
+            job.end_share(member.survey, 0, ExecState.TIMED_OUT, f"no survey within {job.rules.survey_s:g} s")
+            member.excluded = member.survey.reason
+    for agent in sorted(job.fleet.agents.values(), key=lambda a: a.id):
+        member = job.state.members.get(agent.id) or Member()
+        if agent.task or member.surveyed or member.excluded or not job.may_join(agent):
+            continue
+        attempt = member.survey.attempt + 1 if member.survey else 0
+        member.survey = Share(agent=agent.id, attempt=attempt, assigned_at=job.now)
+        member.survey_close_at = job.now + job.rules.survey_s
+        job.state.members[agent.id] = member
+        agent.task = job.name
+        job.out.append(act.Assign(agent=agent.id, plan=plans.survey_plan(job.state, member, job.now)))
+
+
+def moved(job: Job, share: Share, event: ev.ShareMoved) -> None:
+    """A survey went on or ended; one without data to train on leaves its agent out, with the reason."""
+    if share.state in TERMINAL:
+        return
+    if event.state not in TERMINAL:
+        share.state = event.state
+        return
+    member = job.state.members[event.agent]
+    if event.state is ExecState.DONE and event.surveyed and event.surveyed.n_train > 0:
+        member.surveyed = event.surveyed
+        job.end_share(share, 0, ExecState.DONE, "")
+    else:
+        member.excluded = event.reason or "the survey brought nothing to train on"
+        job.end_share(share, 0, ExecState.FAILED, member.excluded)
+
+
+def pin_base(job: Job) -> None:
+    """The base that most surveyed agents hold (unless the job names one) is the job's; agents with another are out."""
+    state = job.state
+    surveyed = {a: m.surveyed for a, m in state.members.items() if m.surveyed}
+    if not state.base_sha256:
+        votes = sorted(s.base_sha256 for s in surveyed.values())
+        state.base_sha256 = state.spec.model.sha256 or max(votes, key=votes.count)
+    for agent, found in sorted(surveyed.items()):
+        if found.base_sha256 != state.base_sha256:
+            member = state.members[agent]
+            member.excluded = f"bad_base: has {found.base_sha256[:12]}, the job needs {state.base_sha256[:12]}"
+            member.surveyed = None
+        elif not state.matrices:
+            state.matrices = sorted(found.matrices, key=lambda m: m.name)
