@@ -1,0 +1,69 @@
+"""Wishes, in the imperative: everything an agent's core can ask of the world.  Counterpart of events.py."""
+
+from __future__ import annotations
+
+import msgspec
+
+from protocol.messages import Blob, Execution, Offer, Plan
+
+
+class Action(msgspec.Struct, frozen=True, kw_only=True, tag_field="action"):
+    """Something to do."""
+
+
+class SayBirth(Action, frozen=True, kw_only=True):
+    """Publish presence and the resource report, both retained."""
+
+
+class Say(Action, frozen=True, kw_only=True):
+    """Publish a transition of the work; lost words are said again at the next BusUp."""
+
+    message: Execution
+
+
+class FetchModel(Action, frozen=True, kw_only=True):
+    """Pull the global adapter, or its prefix of `size` bytes with digest `sha256`; comes back as ModelFetched or ModelLost."""
+
+    blob: Blob
+    size: int
+    sha256: str
+
+
+class DropModel(Action, frozen=True, kw_only=True):
+    """Stop pulling the global adapter."""
+
+    blob: Blob
+
+
+class StartChild(Action, frozen=True, kw_only=True):
+    """Run this work in the training child, for at most `time_limit_s`; `model_sha256` is "" at version 0."""
+
+    plan: Plan
+    model_sha256: str
+    bytes_down: int
+    time_limit_s: float
+
+
+class StopChild(Action, frozen=True, kw_only=True):
+    """End the child's work after the present step; it comes back as ChildFinished or ChildFailed."""
+
+    reason: str
+
+
+class KillChild(Action, frozen=True, kw_only=True):
+    """The child did not stop when asked: kill it; nothing of its work comes back."""
+
+
+class OfferUpdate(Action, frozen=True, kw_only=True):
+    """Offer an update of the outbox until the coordinator accepts or declines it."""
+
+    offer: Offer
+
+
+class ForgetUpdate(Action, frozen=True, kw_only=True):
+    """Remove an update from the outbox."""
+
+    xfer: str
+
+
+Wish = SayBirth | Say | FetchModel | DropModel | StartChild | StopChild | KillChild | OfferUpdate | ForgetUpdate

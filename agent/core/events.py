@@ -1,0 +1,139 @@
+"""Facts, in the past tense: everything that can happen to an agent.  Counterpart of actions.py."""
+
+from __future__ import annotations
+
+import msgspec
+
+from protocol.messages import Evaluated, Offer, Plan, Surveyed
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event"):
+    """Something that happened."""
+
+
+class BusUp(Event, frozen=True, kw_only=True):
+    """The broker is reached and the subscriptions stand."""
+
+
+class BusDown(Event, frozen=True, kw_only=True):
+    """The broker is out of reach; work goes on, words wait."""
+
+    reason: str
+
+
+class CoordinatorSeen(Event, frozen=True, kw_only=True):
+    """The coordinator's birth or death; a new session has forgotten what was not journalled."""
+
+    session: str
+    online: bool
+
+
+class PlanCame(Event, frozen=True, kw_only=True):
+    """A plan for this agent, new or again."""
+
+    plan: Plan
+
+
+class CancelCame(Event, frozen=True, kw_only=True):
+    """The coordinator does not want this share any more."""
+
+    job: str
+    round: int
+    attempt: int
+    reason: str
+
+
+class RebirthAsked(Event, frozen=True, kw_only=True):
+    """The coordinator lost track of this agent."""
+
+
+class ModelFetched(Event, frozen=True, kw_only=True):
+    """The global adapter that the work needs is here, verified."""
+
+    sha256: str
+    n_bytes: int
+
+
+class ModelLost(Event, frozen=True, kw_only=True):
+    """The global adapter cannot be had."""
+
+    sha256: str
+    reason: str
+
+
+class ChildBegan(Event, frozen=True, kw_only=True):
+    """The training child came to this phase of the work."""
+
+    phase: str
+
+
+class ChildEvaluated(Event, frozen=True, kw_only=True):
+    """The received version has been measured on the held-out text."""
+
+    result: Evaluated
+
+
+class ChildSurveyed(Event, frozen=True, kw_only=True):
+    """The base and the data have been looked at."""
+
+    result: Surveyed
+
+
+class ChildFinished(Event, frozen=True, kw_only=True):
+    """The child is through; `update` (with its file durable in the outbox) is None when there is nothing to upload."""
+
+    samples: int
+    loss: float | None
+    train_s: float
+    stopped: str
+    update: Offer | None
+
+
+class ChildFailed(Event, frozen=True, kw_only=True):
+    """The child gave up or died."""
+
+    reason: str
+
+
+class UpdateAccepted(Event, frozen=True, kw_only=True):
+    """The coordinator holds this update for good."""
+
+    xfer: str
+
+
+class UpdateDeclined(Event, frozen=True, kw_only=True):
+    """The coordinator does not want this update, for good."""
+
+    xfer: str
+    reason: str
+
+
+class StopAsked(Event, frozen=True, kw_only=True):
+    """The daemon is going down."""
+
+    reason: str
+
+
+class Tick(Event, frozen=True, kw_only=True):
+    """Time passed: the instant of `wake_at` came."""
+
+
+Happened = (
+    BusUp
+    | BusDown
+    | CoordinatorSeen
+    | PlanCame
+    | CancelCame
+    | RebirthAsked
+    | ModelFetched
+    | ModelLost
+    | ChildBegan
+    | ChildEvaluated
+    | ChildSurveyed
+    | ChildFinished
+    | ChildFailed
+    | UpdateAccepted
+    | UpdateDeclined
+    | StopAsked
+    | Tick
+)

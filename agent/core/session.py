@@ -1,0 +1,306 @@
+"""The agent's brain: what it works on and what it still owes the coordinator.  Events in, actions out, time as an argument.
+
+Two things live here, and they are independent of each other:
+
+    work     at most one share of one round: FETCHING the model -> RUNNING in the child -> gone.  A new plan replaces it.
+    outbox   finished updates that the coordinator has not accepted yet; each lives on disk and is offered until it is
+             accepted or declined, across restarts of either side and of the broker.
+
+So a trained update is never lost to the next plan, and an upload never keeps the agent from training.  Times of a plan are
+relative: at stop_after_s the child is told to hand over what it has, at ttl_s the work is given up.  A plan that comes again
+(the coordinator repeats it at every birth) only moves these times.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final
+
+from agent.core import actions as act
+from agent.core import events as ev
+from protocol.messages import Evaluated, ExecState, Execution, Level, Offer, Plan, Surveyed
+
+
+CHILD_GRACE_S: Final = 10.0
+"""A child that was told to stop gets at least this long for its present step and for writing its update."""
+
+
+class Stage(StrEnum):
+    """Where the work stands."""
+
+    FETCHING = "fetching"
+    RUNNING = "running"
+    STOPPING = "stopping"
+
+
+class Work:
+    """One share of one round under way."""
+
+    def __init__(self, plan: Plan, now: float) -> None:
+        self.plan = plan
+        self.key = (plan.job, plan.round, plan.attempt)
+        self.stage = Stage.FETCHING
+        self.state = ExecState.ACCEPTED
+        self.bytes_down = 0
+        self.evaluated: Evaluated | None = None
+        self.surveyed: Surveyed | None = None
+        self.unwanted = ""
+        self.set_times(plan, now)
+
+    def set_times(self, plan: Plan, now: float) -> None:
+        """Take over how much time is left."""
+        self.stop_at = now + plan.stop_after_s
+        self.close_at = now + max(plan.ttl_s, plan.stop_after_s + CHILD_GRACE_S)
+
+
+class Session:
+    """Everything the agent knows and decides.  `methods` it may train with; `max_global_rank` caps its download."""
+
+    def __init__(self, methods: list[str], outbox: list[Offer], max_global_rank: int = 1024) -> None:
+        self.methods = methods
+        self.max_global_rank = max_global_rank
+        self.outbox: dict[str, Offer] = {o.blob.xfer: o for o in outbox}
+        self.work: Work | None = None
+        self.waiting: Plan | None = None
+        self.coordinator = ""
+        self._serial = 0
+        self._now = 0.0
+        self._out: list[act.Wish] = []
+
+    # ------------------------------------------------------------------------------------------------------ one door
+
+    def handle(self, event: ev.Happened, now: float) -> list[act.Wish]:
+        """Take in one fact at `now` (seconds since the epoch) and say what shall be done."""
+        self._now, self._out = now, []
+        match event:
+            case ev.BusUp():
+                self._restate(birth=True)
+            case ev.RebirthAsked():
+                self._restate(birth=True)
+            case ev.CoordinatorSeen():
+                self._coordinator_seen(event)
+            case ev.PlanCame():
+                self._plan_came(event.plan)
+            case ev.CancelCame():
+                self._cancel(event)
+            case ev.ModelFetched() | ev.ModelLost():
+                self._model(event)
+            case ev.ChildBegan() | ev.ChildEvaluated() | ev.ChildSurveyed():
+                self._child_moved(event)
+            case ev.ChildFinished():
+                self._finished(event)
+            case ev.ChildFailed():
+                self._end(ExecState.FAILED, event.reason)
+            case ev.UpdateAccepted():
+                self._settled(event.xfer, ExecState.DONE, "")
+            case ev.UpdateDeclined():
+                self._settled(event.xfer, ExecState.SUPERSEDED, event.reason)
+            case ev.StopAsked():
+                self._stop_work(event.reason, discard=False)
+            case ev.BusDown() | ev.Tick():
+                pass
+        self._due()
+        return self._out
+
+    @property
+    def wake_at(self) -> float | None:
+        """When the work must be stopped or given up; None without work."""
+        if self.work is None:
+            return None
+        return self.work.close_at if self.work.stage is Stage.STOPPING else self.work.stop_at
+
+    def check(self) -> None:
+        """Assert what must hold between any two events."""
+        assert self.waiting is None or self.work is not None, "a plan waits for nothing"
+        at = self.wake_at
+        assert at is None or at > self._now, f"wake_at {at} is not after {self._now}"
+
+    # ---------------------------------------------------------------------------------------------------- said again
+
+    def _restate(self, *, birth: bool) -> None:
+        if birth:
+            self._out.append(act.SayBirth())
+        if self.work:
+            self._say(self.work.state)
+        self._out.extend(act.OfferUpdate(offer=offer) for offer in self.outbox.values())
+
+    def _coordinator_seen(self, event: ev.CoordinatorSeen) -> None:
+        if event.online and event.session != self.coordinator:
+            known, self.coordinator = self.coordinator, event.session
+            if known:
+                self._restate(birth=True)
+
+    def _say(self, state: ExecState, reason: str = "", plan: Plan | None = None) -> None:
+        self._serial += 1
+        mine = plan is None
+        plan = plan or (self.work.plan if self.work else None)
+        assert plan is not None
+        message = Execution(
+            job=plan.job,
+            round=plan.round,
+            attempt=plan.attempt,
+            serial=self._serial,
+            state=state,
+            reason=reason[:2000],
+            surveyed=self.work.surveyed if mine and self.work else None,
+            evaluated=self.work.evaluated if mine and self.work else None,
+        )
+        self._out.append(act.Say(message=message))
+
+    # --------------------------------------------------------------------------------------------------------- plans
+
+    def _plan_came(self, plan: Plan) -> None:
+        if self.work and self.work.key == (plan.job, plan.round, plan.attempt) and not self.work.unwanted:
+            self.work.set_times(plan, self._now)
+            self._say(self.work.state)
+            return
+        if any((o.job, o.round) == (plan.job, plan.round) for o in self.outbox.values()):
+            self._restate(birth=False)
+            return
+        if plan.method not in self.methods:
+            self._say(
+                ExecState.REJECTED, f"method {plan.method!r} is not allowed here: {', '.join(self.methods)}", plan
+            )
+            return
+        if self.work:
+            self.waiting = plan
+            self._stop_work("superseded by a newer plan", discard=True)
+            return
+        self._begin(plan)
+
+    def _begin(self, plan: Plan) -> None:
+        self.waiting = None
+        self.work = Work(plan, self._now)
+        self._say(ExecState.ACCEPTED)
+        if plan.model is None:
+            self._run("")
+            return
+        level = self._level(plan)
+        self.work.state = ExecState.PREPARING
+        self._say(ExecState.PREPARING)
+        self._out.append(act.FetchModel(blob=plan.model, size=level.size, sha256=level.sha256))
+
+    def _level(self, plan: Plan) -> Level:
+        assert plan.model is not None
+        whole = Level(rank=self.max_global_rank, size=plan.model.size, sha256=plan.model.sha256)
+        fitting = [level for level in plan.model.levels if level.rank <= self.max_global_rank]
+        return max(fitting, key=lambda level: level.rank, default=whole)
+
+    def _run(self, model_sha256: str) -> None:
+        assert self.work is not None
+        self.work.stage = Stage.RUNNING
+        self._out.append(
+            act.StartChild(
+                plan=self.work.plan,
+                model_sha256=model_sha256,
+                bytes_down=self.work.bytes_down,
+                time_limit_s=max(0.0, self.work.stop_at - self._now),
+            )
+        )
+
+    def _model(self, event: ev.ModelFetched | ev.ModelLost) -> None:
+        work = self.work
+        if work is None or work.stage is not Stage.FETCHING or work.plan.model is None:
+            return
+        if event.sha256 != self._level(work.plan).sha256:
+            return
+        if isinstance(event, ev.ModelLost):
+            self._end(ExecState.FAILED, f"no model: {event.reason}")
+            return
+        work.bytes_down = event.n_bytes
+        self._run(event.sha256)
+
+    # --------------------------------------------------------------------------------------------------------- child
+
+    def _child_moved(self, event: ev.ChildBegan | ev.ChildEvaluated | ev.ChildSurveyed) -> None:
+        work = self.work
+        if work is None or work.stage is Stage.FETCHING:
+            return
+        match event:
+            case ev.ChildBegan():
+                training = event.phase == "training" or work.state is ExecState.TRAINING
+                work.state = ExecState.TRAINING if training else ExecState.PREPARING
+            case ev.ChildEvaluated():
+                work.evaluated = event.result
+            case ev.ChildSurveyed():
+                work.surveyed = event.result
+        self._say(work.state)
+
+    def _finished(self, event: ev.ChildFinished) -> None:
+        work = self.work
+        if work is None:
+            return
+        if work.unwanted:
+            self._end(ExecState.CANCELLED, work.unwanted)
+        elif event.update is not None:
+            self.outbox[event.update.blob.xfer] = event.update
+            self._out.append(act.OfferUpdate(offer=event.update))
+            work.state = ExecState.UPLOADING
+            self._say(ExecState.UPLOADING)
+            self._next()
+        elif work.plan.purpose == "train":
+            self._end(ExecState.FAILED, f"no sample was trained: {event.stopped or 'the data set is empty'}")
+        elif work.surveyed is None and work.evaluated is None:
+            self._end(ExecState.FAILED, event.stopped or "the work brought no result")
+        else:
+            self._end(ExecState.DONE, "")
+
+    # --------------------------------------------------------------------------------------------------------- ends
+
+    def _end(self, state: ExecState, reason: str) -> None:
+        if self.work:
+            self._say(state, reason)
+            self._next()
+
+    def _next(self) -> None:
+        self.work = None
+        if self.waiting:
+            self._begin(self.waiting)
+
+    def _stop_work(self, reason: str, *, discard: bool) -> None:
+        work = self.work
+        if work is None:
+            return
+        match work.stage:
+            case Stage.FETCHING:
+                assert work.plan.model is not None
+                self._out.append(act.DropModel(blob=work.plan.model))
+                self._end(
+                    ExecState.CANCELLED if discard else ExecState.TIMED_OUT, f"{reason}, before the model was here"
+                )
+            case Stage.RUNNING | Stage.STOPPING:
+                work.stage = Stage.STOPPING
+                work.unwanted = reason if discard else work.unwanted
+                self._out.append(act.StopChild(reason=reason))
+
+    def _cancel(self, event: ev.CancelCame) -> None:
+        if self.waiting and (self.waiting.job, self.waiting.round) == (event.job, event.round):
+            self.waiting = None
+        if self.work and self.work.key == (event.job, event.round, event.attempt):
+            self._stop_work(event.reason, discard=True)
+
+    def _due(self) -> None:
+        """What time alone demands: hand over at stop_at, give up at close_at."""
+        work = self.work
+        if work is None:
+            return
+        if self._now >= work.close_at and work.stage is Stage.STOPPING:
+            self._out.append(act.KillChild())
+            self._end(ExecState.TIMED_OUT, "the training child did not stop in time")
+        elif self._now >= work.stop_at and work.stage is not Stage.STOPPING:
+            self._stop_work("deadline", discard=False)
+
+    def _settled(self, xfer: str, state: ExecState, reason: str) -> None:
+        offer = self.outbox.pop(xfer, None)
+        self._out.append(act.ForgetUpdate(xfer=xfer))
+        if offer is not None:
+            self._serial += 1
+            ended = Execution(
+                job=offer.job,
+                round=offer.round,
+                attempt=offer.attempt,
+                serial=self._serial,
+                state=state,
+                reason=reason[:2000],
+            )
+            self._out.append(act.Say(message=ended))
