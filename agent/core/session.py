@@ -20,7 +20,6 @@ from agent.core import actions as act
 from agent.core import events as ev
 from protocol.messages import Evaluated, ExecState, Execution, Level, Offer, Plan, Surveyed
 
-
 CHILD_GRACE_S: Final = 10.0
 """A child that was told to stop gets at least this long for its present step and for writing its update."""
 
