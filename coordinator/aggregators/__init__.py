@@ -1,8 +1,8 @@
 """How the updates of a round become the next model: pure functions over values, numpy only, one file per method.
 
 An aggregator sees the model, the updates of a round with their weights, and two settings; it returns the next model.  It
-must give the same bits for any order of the updates, be blind to a common factor of the weights, leave alone what nobody
-trained, and never turn finite numbers into others.  tests/coordinator/test_aggregators.py holds every registered one to it.
+gives the same bits for any order of the updates, is blind to a common factor of the weights, leaves alone what nobody
+trained, and never turns finite numbers into others: the laws to which the tests hold every registered one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,83 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final, Protocol, cast
 
-from coordinator.aggregators.product import Product
 from protocol import plugins
 from protocol.adapters import Adapter, Factors
 from protocol.errors import BadConfig
+
+
+class Deltas(Protocol):
+    """An update of kind `lora`, wherever it is: names and ranks are known, factors come one matrix at a time."""
+
+    @property
+    def ranks(self) -> Mapping[str, int]:
+        """Rank by matrix name, for every matrix that was trained."""
+
+    def factors(self, name: str) -> Factors:
+        """The delta of one matrix.  Raises BadUpdate, OSError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weighted:
+    """One agent's update of one round.
+
+    Its weight is the number of samples it really processed, times a discount if it comes late; 0 leaves it out.
+    """
+
+    agent: str
+    round: int
+    weight: float
+    update: Deltas
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregate:
+    """The next model, and what there is to say about how it came to be.
+
+    dropped_ratio: by matrix, the share (0..1) of the squared norm that the cut to `max_rank` took away.
+    norms: by (round, agent), the Frobenius norm of the whole update, to see one that is far out of line.
+    """
+
+    adapter: Adapter
+    dropped_ratio: Mapping[str, float]
+    norms: Mapping[tuple[int, str], float]
+
+
+class Aggregator(Protocol):
+    """Makes the next model from the updates of a round."""
+
+    accepts: ClassVar[str]
+
+    def aggregate(
+        self, model: Adapter, updates: Sequence[Weighted], *, max_rank: int, server_lr: float = 1.0
+    ) -> Aggregate:
+        """The model after these updates, of at most `max_rank` components per matrix, in canonical form.
+
+        At most one update per (round, agent).  Raises BadUpdate naming what cannot be used, OSError.
+        """
+
+
+BUILT_IN: Final = ("product",)
+
+
+def load(name: str, allowed: Collection[str] = ()) -> Aggregator:
+    """The aggregator called `name`; one of another distribution (entry point `fedpipe.aggregators`) only if in `allowed`.
+
+    Raises BadConfig for any other name.
+    """
+    match name:
+        case "product":
+            from coordinator.aggregators.product import Product
+
+            return Product()
+    found = plugins.load("fedpipe.aggregators", name, allowed=allowed, built_in=BUILT_IN)
+    if not (isinstance(found, type) and hasattr(found, "accepts") and hasattr(found, "aggregate")):
+        raise BadConfig(f"entry point {name!r} of fedpipe.aggregators is no class with `accepts` and `aggregate`")
+    return cast("Aggregator", found())
+
+
+def fits(kind: str, aggregator: Aggregator) -> None:
+    """Raises BadConfig unless the aggregator takes updates of the `kind` that the method's trainer produces."""
+    if aggregator.accepts != kind:
+        name = type(aggregator).__name__
+        raise BadConfig(f"{name} sums updates of kind {aggregator.accepts!r}, the trainer sends {kind!r}: pick another")

@@ -19,6 +19,8 @@ from __future__ import annotations
 import math
 import random
 
+import msgspec
+
 from coordinator.core import actions as act
 from coordinator.core import events as ev
 from coordinator.core import plans, survey
@@ -27,7 +29,6 @@ from coordinator.core.state import (
     ENDED,
     MOVES,
     AgentState,
-    Contribution,
     FleetState,
     JobState,
     Phase,
@@ -281,18 +282,13 @@ class Job:
         round_, spec = self.state.round, self.state.spec
         assert round_ is not None
         fresh = [
-            Contribution(agent=s.agent, round=round_.number, sha256=s.offer.blob.sha256, weight=float(s.offer.samples))
+            plans.contribution(s.agent, s.offer)
             for s in round_.shares.values()
             if s.state is ExecState.DONE and s.offer
         ]
+        discount = self.rules.staleness_discount
         late = [
-            Contribution(
-                agent=c.agent,
-                round=c.round,
-                sha256=c.sha256,
-                weight=c.weight * self.rules.staleness_discount ** (round_.number - c.round),
-            )
-            for c in round_.late
+            msgspec.structs.replace(c, weight=c.weight * discount ** (round_.number - c.round)) for c in round_.late
         ]
         return act.Aggregate(
             job=self.name,

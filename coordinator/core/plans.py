@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import hashlib
 
-from coordinator.core.state import JobState, Member, Phase, Purpose, Round, RoundRecord, Share, ShareRecord
-from protocol.messages import Base, Bits, Evaluation, ExecState, JobCard, Plan, Training
+from coordinator.core.state import (
+    Contribution,
+    JobState,
+    Member,
+    Phase,
+    Purpose,
+    Round,
+    RoundRecord,
+    Share,
+    ShareRecord,
+)
+from protocol.messages import Base, Bits, Evaluation, ExecState, JobCard, Offer, Plan, Training
 
 _ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -99,6 +109,18 @@ def share_plan(job: JobState, round_: Round, share: Share, now: float) -> Plan:
         max_update_bytes=update_limit_bytes(job, share.choice.ranks) if trains else 0,
         stop_after_s=max(0.0, round_.stop_at - now),
         ttl_s=max(0.0, round_.close_at - now),
+    )
+
+
+def contribution(agent: str, offer: Offer) -> Contribution:
+    """A stored update as it enters an aggregate: it weighs as many samples as it was trained on."""
+    return Contribution(
+        agent=agent,
+        round=offer.round,
+        attempt=offer.attempt,
+        sha256=offer.blob.sha256,
+        size=offer.blob.size,
+        weight=float(offer.samples),
     )
 
 

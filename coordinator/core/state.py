@@ -102,7 +102,9 @@ class Contribution(msgspec.Struct, frozen=True, kw_only=True):
 
     agent: str
     round: int
+    attempt: int
     sha256: str
+    size: int
     weight: float
 
 

@@ -12,8 +12,8 @@ from enum import StrEnum
 from coordinator.core import actions as act
 from coordinator.core import events as ev
 from coordinator.core.job import Job
-from coordinator.core.plans import update_limit_bytes
-from coordinator.core.state import ENDED, Contribution, Phase, Share
+from coordinator.core.plans import contribution, update_limit_bytes
+from coordinator.core.state import ENDED, Phase, Share
 from protocol.messages import ExecState, Offer
 
 
@@ -112,8 +112,7 @@ def stored(job: Job, event: ev.UpdateStored) -> None:
         job.state.seen.setdefault(agent, {})[offer.round] = offer.blob.sha256
     if place is Place.LATE:
         del job.state.missed[agent][offer.round]
-        weight = float(offer.samples)
-        job.state.late.append(Contribution(agent=agent, round=offer.round, sha256=offer.blob.sha256, weight=weight))
+        job.state.late.append(contribution(agent, offer))
     share = _current_share(job, agent, offer)
     if place is Place.CURRENT and share:
         share.offer = offer
