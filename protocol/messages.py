@@ -19,14 +19,16 @@ from msgspec import Meta
 VERSION: Final = 1
 """Major version of the envelope.  Another major version is refused; a minor change adds fields with defaults."""
 
-Id = Annotated[str, Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$", max_length=64)]
-Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
-Xfer = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}$")]
-Session = Annotated[str, Meta(pattern=r"^[0-9a-f]{16}$")]
+Id = Annotated[str, Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?\Z", max_length=64)]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Xfer = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
+Session = Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z")]
 Name = Annotated[str, Meta(min_length=1, max_length=200)]
 Text = Annotated[str, Meta(max_length=2000)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Seconds = Annotated[float, Meta(ge=0, le=10**9)]
+Instant = Annotated[float, Meta(ge=0, le=10**11)]
+"""Seconds since the epoch."""
 Ratio = Annotated[float, Meta(ge=0, le=1)]
 Rank = Annotated[int, Meta(ge=1, le=1024)]
 Chunk = Annotated[int, Meta(ge=1024, le=4 * 2**20)]
@@ -132,7 +134,7 @@ class Gpu(Value, frozen=True, kw_only=True):
     utilization_ratio: Ratio = 0.0
     n_other_processes: Count = 0
     power_w: Seconds = 0.0
-    temperature_c: float = 0.0
+    temperature_c: Annotated[float, Meta(ge=-300, le=10**4)] = 0.0
     compute: Annotated[str, Meta(max_length=16)] = ""
     mig: bool = False
     ecc_errors: Count = 0
@@ -144,12 +146,12 @@ class Report(Message, frozen=True, kw_only=True, tag="report"):
     gpus: Annotated[list[Gpu], Meta(max_length=64)] = []
     driver: Annotated[str, Meta(max_length=64)] = ""
     n_cpus: Count = 0
-    cpu_load_ratio: Annotated[float, Meta(ge=0)] = 0.0
+    cpu_load_ratio: Annotated[float, Meta(ge=0, le=10**15)] = 0.0
     ram_total_bytes: Count = 0
     ram_available_bytes: Count = 0
     disk_free_bytes: Count = 0
-    up_bytes_per_s: Annotated[float, Meta(ge=0)] = 0.0
-    down_bytes_per_s: Annotated[float, Meta(ge=0)] = 0.0
+    up_bytes_per_s: Annotated[float, Meta(ge=0, le=10**15)] = 0.0
+    down_bytes_per_s: Annotated[float, Meta(ge=0, le=10**15)] = 0.0
     bits: Annotated[list[Bits], Meta(max_length=3)] = []
     notes: Annotated[list[Text], Meta(max_length=16)] = []
 
@@ -243,7 +245,7 @@ class Base(Value, frozen=True, kw_only=True):
     """The frozen base model: where agents look for it and what it must be.  An empty digest means not yet known."""
 
     source: Annotated[str, Meta(min_length=1, max_length=500)]
-    sha256: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?$")] = ""
+    sha256: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
 
 
 class Training(Value, frozen=True, kw_only=True):
@@ -295,7 +297,7 @@ class Plan(Message, frozen=True, kw_only=True, tag="plan"):
     evaluate: Evaluation | None = None
     update_dtype: Wire = "bf16"
     max_update_bytes: Count = 0
-    issued_at: Seconds
+    issued_at: Instant
     stop_after_s: Seconds
     ttl_s: Seconds
 
@@ -359,7 +361,7 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     v: int
-    ts: Seconds
+    ts: Instant
     ses: Session
     seq: Count
     b: Body

@@ -108,6 +108,11 @@ class Session:
             return None
         return self.work.close_at if self.work.stage is Stage.STOPPING else self.work.stop_at
 
+    @property
+    def wanted_model(self) -> str:
+        """Digest of the model (or its prefix) that the work needs; "" when it needs none."""
+        return self._level(self.work.plan).sha256 if self.work and self.work.plan.model else ""
+
     def check(self) -> None:
         """Assert what must hold between any two events."""
         assert self.waiting is None or self.work is not None, "a plan waits for nothing"
@@ -218,7 +223,10 @@ class Session:
         match event:
             case ev.ChildBegan():
                 training = event.phase == "training" or work.state is ExecState.TRAINING
-                work.state = ExecState.TRAINING if training else ExecState.PREPARING
+                state = ExecState.TRAINING if training else ExecState.PREPARING
+                if state is work.state:
+                    return
+                work.state = state
             case ev.ChildEvaluated():
                 work.evaluated = event.result
             case ev.ChildSurveyed():

@@ -16,7 +16,7 @@ import msgspec
 
 from coordinator.core import actions as act
 from coordinator.core import events as ev
-from coordinator.core import uploads
+from coordinator.core import survey, uploads
 from coordinator.core.job import Job
 from coordinator.core.state import ENDED, STATE_VERSION, AgentState, FleetState, JobState, Phase
 from protocol.messages import TERMINAL, ExecState
@@ -60,10 +60,17 @@ class Fleet:
                 pass
             case _:
                 self._to_job(event, now, out)
-        for state in self.state.jobs.values():
-            if state.phase not in ENDED:
-                Job(state, self.state, now, out).advance()
+        self._advance(now, out)
         return out
+
+    def _advance(self, now: float, out: list[act.Wish]) -> None:
+        """Let every job go as far as it can: an agent that one of them frees may be what another waits for."""
+        n_before = -1
+        while n_before < len(out):
+            n_before = len(out)
+            for state in self.state.jobs.values():
+                if state.phase not in ENDED:
+                    Job(state, self.state, now, out).advance()
 
     @property
     def wake_at(self) -> float | None:
@@ -131,14 +138,18 @@ class Fleet:
     def _joined(self, event: ev.AgentJoined, now: float, out: list[act.Wish]) -> None:
         agent = self._agent(event.agent)
         reborn = agent.session != event.session
-        if reborn or not agent.online:
+        back = reborn or not agent.online
+        if back:
             agent.since, agent.reason = now, ""
         agent.session, agent.online = event.session, True
         agent.software, agent.methods = event.software, event.methods
         working = agent.task
         for state in self.state.jobs.values():
             if state.phase not in ENDED:
-                Job(state, self.state, now, out).rejoined(agent.id, reborn=reborn)
+                job = Job(state, self.state, now, out)
+                if back:
+                    survey.forgive(job, agent.id, reborn=reborn)
+                job.rejoined(agent.id, reborn=reborn)
         if not working:
             out.append(act.Withdraw(agent=agent.id))
 

@@ -19,8 +19,6 @@ from __future__ import annotations
 import math
 import random
 
-import msgspec
-
 from coordinator.core import actions as act
 from coordinator.core import events as ev
 from coordinator.core import plans, survey
@@ -62,12 +60,12 @@ class Job:
 
     def end(self, to: Phase, reason: str) -> None:
         """End the job: free every agent, say why, hand out what there is."""
-        for member in self.state.members.values():
-            if member.survey and member.survey.state not in TERMINAL:
-                self.end_share(member.survey, 0, ExecState.CANCELLED, reason)
+        for share in self._open_surveys():
+            self.end_share(share, 0, ExecState.CANCELLED, reason or f"the job is {to}")
+        for share in self._open_shares():
+            self.end_share(share, self.state.round_number + 1, ExecState.CANCELLED, reason)
         if self.state.round:
-            for share in self._open_shares():
-                self.end_share(share, self.state.round.number, ExecState.CANCELLED, reason)
+            self._record(reason or str(to))
         self._move(to, reason)
         self.state.ended_at, self.state.round = self.now, None
         self.out.append(act.Finish(job=self.name, phase=str(to), reason=reason))
@@ -85,14 +83,15 @@ class Job:
         """When something becomes due by time alone; None when nothing does."""
         if self.state.phase in ENDED:
             return None
-        due = [m.survey_close_at for m in self.state.members.values() if m.survey and m.survey.state not in TERMINAL]
+        surveys = self._open_surveys()
+        due = [self.state.members[s.agent].survey_close_at for s in surveys]
         if self.state.phase is Phase.WAITING:
             waits = (self.rules.start_wait_s, self.rules.wait_s)
             due += [at for wait in waits if (at := self.state.since + wait) > self.now]
         if self.state.round and self.state.phase in {Phase.COLLECTING, Phase.EVALUATING}:
             due.append(self.state.round.close_at)
-            gone = [a for s in self._open_shares() if not (a := self.fleet.agents[s.agent]).online]
-            due += [at for a in gone if (at := a.since + self.rules.offline_grace_s) > self.now]
+        gone = [a for s in surveys + self._open_shares() if not (a := self.fleet.agents[s.agent]).online]
+        due += [at for a in gone if (at := a.since + self.rules.offline_grace_s) > self.now]
         return min(due, default=None)
 
     # ------------------------------------------------------------------------------------------------- start a round
@@ -111,9 +110,12 @@ class Job:
         ]
 
     def _start(self) -> None:
+        if self.state.carried and len(self.state.carried) >= self.state.quorum:
+            self._open("train", {})  # what a failed attempt lacked came in after it
+            return
         first = self.state.round_number == 0 and self.state.attempt == 0
-        pending = any(m.survey and m.survey.state not in TERMINAL for m in self.state.members.values())
-        if not (first and pending):
+        pending = first and not all(self._vanished(s) for s in self._open_surveys())
+        if not pending:
             if any(m.surveyed for m in self.state.members.values()):
                 survey.pin_base(self)
             ready = self._ready()
@@ -140,7 +142,8 @@ class Job:
     def _plan(self, ready: list[str]) -> None:
         if self.rules.n_agents:
             wanted = math.ceil(self.rules.n_agents * self.rules.over_select_ratio) - len(self.state.carried)
-            draw = random.Random(plans.seed_of(self.state, self.state.round_number + 1, "select"))
+            purpose = f"select/{self.state.attempt}"  # another attempt should not insist on the same stragglers
+            draw = random.Random(plans.seed_of(self.state, self.state.round_number + 1, purpose))
             ready = sorted(draw.sample(ready, min(max(wanted, 1), len(ready))))
         self.state.planned = ready
         self._move(Phase.PLANNING)
@@ -154,14 +157,18 @@ class Job:
         return Choice(ranks={}, bits=self.state.spec.adapter.bits, n_steps=1, batch=1)
 
     def plan_ready(self, event: ev.PlanReady) -> None:
-        """Open the round with those of the planned agents that are still free; with none, wait."""
+        """Open the round with those of the planned agents that are still free; with too few, wait."""
         if not self._awaits(Phase.PLANNING, event.round, event.attempt):
             return
-        free = {a: c for a, c in event.choices.items() if a in set(self._ready())}
-        if not free:
-            self._move(Phase.WAITING, "the planned agents left")
-            return
-        self._open("train", free)
+        needed, ready = max(1, self._needed(first=False)), set(self._ready())
+        free = {a: c for a, c in event.choices.items() if a in ready}
+        if len(event.choices) < needed:  # asking again would bring the same answer
+            why = "; ".join(event.notes[:5])
+            self.end(Phase.FAILED, f"plan: {len(event.choices)} of the {needed} agents needed can take part: {why}")
+        elif len(free) < needed:
+            self._move(Phase.WAITING, "planned agents left")
+        else:
+            self._open("train", free)
 
     def plan_failed(self, event: ev.PlanFailed) -> None:
         """No plan, no round: the job ends and says what the planner said."""
@@ -203,7 +210,13 @@ class Job:
 
     def _open_shares(self) -> list[Share]:
         shares = self.state.round.shares if self.state.round else {}
-        return [s for _, s in sorted(shares.items()) if s.state not in TERMINAL]
+        return [s for s in shares.values() if s.state not in TERMINAL]
+
+    def _open_surveys(self) -> list[Share]:
+        return [m.survey for m in self.state.members.values() if m.survey and m.survey.state not in TERMINAL]
+
+    def _n_done(self) -> int:
+        return sum(s.state is ExecState.DONE for s in self.state.round.shares.values()) if self.state.round else 0
 
     def _vanished(self, share: Share) -> bool:
         agent = self.fleet.agents[share.agent]
@@ -213,10 +226,9 @@ class Job:
         round_ = self.state.round
         assert round_ is not None
         open_shares = self._open_shares()
-        n_done = sum(s.state is ExecState.DONE for s in round_.shares.values())
         if self.now >= round_.close_at:
             self._close(f"not in time: the round closed {round_.close_at - round_.opened_at:g} s after it opened")
-        elif round_.purpose == "train" and self.rules.n_agents and n_done >= round_.target:
+        elif round_.purpose == "train" and self.rules.n_agents and self._n_done() >= round_.target:
             self._close("superseded: enough others answered first")
         elif all(self._vanished(s) for s in open_shares):
             self._close("the agent vanished and did not come back in time")
@@ -227,19 +239,16 @@ class Job:
         for share in self._open_shares():
             superseded = why.startswith("superseded")
             if share.choice and round_.purpose == "train" and self.rules.late == "add":
-                self.state.missed.setdefault(share.agent, {})[round_.number] = share.choice.ranks
+                self.state.missed.setdefault(share.agent, {})[round_.number] = share.choice
             self.end_share(share, round_.number, ExecState.SUPERSEDED if superseded else ExecState.TIMED_OUT, why)
         if round_.purpose == "evaluate":
-            self._record("completed")
-            self._move(Phase.COMPLETED)
-            self.state.ended_at, self.state.round = self.now, None
-            self.out.append(act.Finish(job=self.name, phase=str(Phase.COMPLETED), reason=""))
+            self.end(Phase.COMPLETED, "")
             return
-        n_done = sum(s.state is ExecState.DONE for s in round_.shares.values())
+        n_done = self._n_done()
         if n_done >= round_.quorum:
             round_.late, self.state.late = self.state.late, []
             self._move(Phase.AGGREGATING)
-            self.out.append(self._aggregate())
+            self.out.append(plans.aggregate(self.state, round_))
         else:
             self._retry(f"quorum: {n_done} of the {round_.quorum} updates needed")
 
@@ -249,6 +258,7 @@ class Job:
         self._record(why)
         ends = sorted({f"{s.agent}: {s.reason}" for s in round_.shares.values() if s.reason})
         self.state.carried = {a: s for a, s in round_.shares.items() if s.state is ExecState.DONE}
+        self.state.quorum = round_.quorum
         self.state.late = round_.late + self.state.late
         self.state.round = None
         self.state.attempt += 1
@@ -277,33 +287,6 @@ class Job:
 
     # ------------------------------------------------------------------------------------------------- aggregation
 
-    def _aggregate(self) -> act.Aggregate:
-        """Contributions in canonical order, so that the result does not depend on who came first."""
-        round_, spec = self.state.round, self.state.spec
-        assert round_ is not None
-        fresh = [
-            plans.contribution(s.agent, s.offer)
-            for s in round_.shares.values()
-            if s.state is ExecState.DONE and s.offer
-        ]
-        discount = self.rules.staleness_discount
-        late = [
-            msgspec.structs.replace(c, weight=c.weight * discount ** (round_.number - c.round)) for c in round_.late
-        ]
-        return act.Aggregate(
-            job=self.name,
-            round=round_.number,
-            attempt=round_.attempt,
-            version=self.state.version + 1,
-            master=self.state.master,
-            contributions=sorted(fresh + late, key=lambda c: (c.round, c.agent)),
-            matrices=self.state.matrices,
-            method=spec.job.method,
-            max_rank=spec.adapter.max_rank,
-            server_lr=spec.adapter.server_lr,
-            model_dtype=spec.adapter.model_dtype,
-        )
-
     def aggregated(self, event: ev.Aggregated) -> None:
         """A new version: the round is over."""
         if not self._awaits(Phase.AGGREGATING, event.round, event.attempt):
@@ -322,7 +305,6 @@ class Job:
     def aggregate_failed(self, event: ev.AggregateFailed) -> None:
         """The updates are all stored, so a failure here is the coordinator's own: a full disk, a missing file."""
         if self._awaits(Phase.AGGREGATING, event.round, event.attempt):
-            self._record(f"aggregate: {event.reason}")
             self.end(Phase.FAILED, f"aggregate: {event.reason}")
 
     # ------------------------------------------------------------------------------------------------- from agents
@@ -337,8 +319,13 @@ class Job:
         if event.round == 0:
             survey.moved(self, share, event)
             return
-        if event.evaluated and math.isfinite(event.evaluated.loss) and event.evaluated.version == self.state.version:
-            share.evaluated = event.evaluated
+        found = event.evaluated
+        if (
+            found
+            and found.version == self.state.version
+            and all(map(math.isfinite, [found.loss, *found.metrics.values()]))
+        ):
+            share.evaluated = found
         if share.state in TERMINAL:
             return
         round_ = self.state.round
@@ -360,10 +347,8 @@ class Job:
         return share if share and share.attempt == event.attempt else None
 
     def rejoined(self, agent: str, *, reborn: bool) -> None:
-        """An agent said birth: give it again what it should be doing; a new session also clears an old verdict."""
+        """An agent said birth: give it again what it should be doing."""
         member = self.state.members.get(agent)
-        if member and reborn and member.excluded and not member.excluded.startswith("bad_base"):
-            member.excluded = ""
         if member and member.survey and member.survey.state not in TERMINAL:
             member.survey.serial = 0 if reborn else member.survey.serial
             self.out.append(act.Assign(agent=agent, plan=plans.survey_plan(self.state, member, self.now)))
@@ -391,5 +376,5 @@ class Job:
             self.rejoined(agent, reborn=False)
         if state.phase is Phase.PLANNING:
             self.out.append(self._make_plan())
-        elif state.phase is Phase.AGGREGATING:
-            self.out.append(self._aggregate())
+        elif state.phase is Phase.AGGREGATING and state.round:
+            self.out.append(plans.aggregate(state, state.round))

@@ -1,9 +1,13 @@
-"""From state to messages: the plan of one share, the job card, the record of a round.  Pure functions."""
+"""From state to messages: the plan of one share, the job card, the fold and the record of a round.  Pure functions."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 
+import msgspec
+
+from coordinator.core.actions import Aggregate
 from coordinator.core.state import (
     Contribution,
     JobState,
@@ -138,13 +142,39 @@ def job_card(job: JobState) -> JobCard:
     )
 
 
+def aggregate(job: JobState, round_: Round) -> Aggregate:
+    """The fold of a round, contributions in canonical order: the result does not depend on who came first."""
+    fresh = [contribution(s.agent, s.offer) for s in round_.shares.values() if s.state is ExecState.DONE and s.offer]
+    discount = job.spec.round.staleness_discount
+    late = [msgspec.structs.replace(c, weight=c.weight * discount ** (round_.number - c.round)) for c in round_.late]
+    return Aggregate(
+        job=job.spec.job.name,
+        round=round_.number,
+        attempt=round_.attempt,
+        version=job.version + 1,
+        master=job.master,
+        contributions=sorted(fresh + late, key=lambda c: (c.round, c.agent)),
+        matrices=job.matrices,
+        method=job.spec.job.method,
+        max_rank=job.spec.adapter.max_rank,
+        server_lr=job.spec.adapter.server_lr,
+        model_dtype=job.spec.adapter.model_dtype,
+    )
+
+
+def _loss(share: Share) -> float | None:
+    """The training loss that came with a share's update; one that is not a number says nothing."""
+    loss = share.offer.loss if share.offer else None
+    return loss if loss is not None and math.isfinite(loss) else None
+
+
 def _share_record(share: Share) -> ShareRecord:
     offer, choice = share.offer, share.choice
     return ShareRecord(
         state=str(share.state),
         reason=share.reason or (offer.stopped if offer else ""),
         samples=offer.samples if offer else 0,
-        loss=offer.loss if offer else None,
+        loss=_loss(share),
         bytes_up=offer.blob.size if offer and share.state is ExecState.DONE else 0,
         bytes_down=offer.bytes_down if offer else 0,
         train_s=offer.train_s if offer else 0.0,
@@ -157,8 +187,8 @@ def _share_record(share: Share) -> ShareRecord:
 
 def round_record(job: JobState, round_: Round, outcome: str, now: float) -> RoundRecord:
     """How a round ended, with every share's end."""
-    done = [s.offer for s in round_.shares.values() if s.state is ExecState.DONE and s.offer]
-    weighted = [(o.samples, o.loss) for o in done if o.loss is not None]
+    done = [s for s in round_.shares.values() if s.state is ExecState.DONE and s.offer]
+    weighted = [(s.offer.samples, loss) for s in done if s.offer and (loss := _loss(s)) is not None]
     total = sum(n for n, _ in weighted)
     return RoundRecord(
         round=round_.number,

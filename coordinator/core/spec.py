@@ -19,7 +19,8 @@ from msgspec import Meta
 from protocol.messages import Base, Bits, Id, Name, Rank, Ratio, Wire
 
 Positive = Annotated[int, Meta(ge=1, le=10**9)]
-Duration = Annotated[float, Meta(gt=0, le=10**8)]
+Duration = Annotated[float, Meta(ge=0.001, le=10**8)]
+"""Seconds; at least what a clock that counts from the epoch can tell apart."""
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -92,6 +93,11 @@ class Rounds(Table, frozen=True, kw_only=True):
     staleness_discount: Ratio = 0.5
     """Weight of a late update per round of lateness."""
     max_staleness: Positive = 2
+
+    def __post_init__(self) -> None:
+        """Refuse rounds that can never count: fewer updates wanted than needed."""
+        if 0 < self.n_agents < self.min_agents:
+            raise ValueError(f"n_agents = {self.n_agents} is below min_agents = {self.min_agents}: raise it or set 0")
 
 
 class Evaluate(Table, frozen=True, kw_only=True):

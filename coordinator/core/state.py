@@ -30,7 +30,7 @@ class Phase(StrEnum):
 
 
 MOVES: Final[dict[Phase, frozenset[Phase]]] = {
-    Phase.WAITING: frozenset({Phase.PLANNING, Phase.EVALUATING, Phase.FAILED, Phase.CANCELLED}),
+    Phase.WAITING: frozenset({Phase.PLANNING, Phase.COLLECTING, Phase.EVALUATING, Phase.FAILED, Phase.CANCELLED}),
     Phase.PLANNING: frozenset({Phase.COLLECTING, Phase.WAITING, Phase.FAILED, Phase.CANCELLED}),
     Phase.COLLECTING: frozenset({Phase.AGGREGATING, Phase.WAITING, Phase.FAILED, Phase.CANCELLED}),
     Phase.AGGREGATING: frozenset({Phase.WAITING, Phase.FAILED, Phase.CANCELLED}),
@@ -160,8 +160,10 @@ class JobState(msgspec.Struct, kw_only=True):
     """Agents that the planner was last asked about."""
     carried: dict[str, Share] = {}
     """Finished shares of a failed attempt: the next attempt of the round starts with them."""
-    missed: dict[str, dict[int, dict[str, int]]] = {}
-    """agent -> round -> planned ranks of shares that missed their round and may still arrive late."""
+    quorum: int = 0
+    """Updates that the failed attempt would have needed: once so many are carried, nobody need be asked again."""
+    missed: dict[str, dict[int, Choice]] = {}
+    """agent -> round -> what was planned for a share that missed its round and may still arrive late."""
     late: list[Contribution] = []
     """Late updates that wait for the next aggregate; their weight is not yet discounted."""
     seen: dict[str, dict[int, str]] = {}

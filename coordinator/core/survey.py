@@ -19,20 +19,30 @@ if TYPE_CHECKING:
 
 def ask(job: Job) -> None:
     """End surveys that took too long; survey every idle agent that is new to the job."""
-    for member in job.state.members.values():
+    members = job.state.members
+    for member in members.values():
         if member.survey and member.survey.state not in TERMINAL and job.now >= member.survey_close_at:
             job.end_share(member.survey, 0, ExecState.TIMED_OUT, f"no survey within {job.rules.survey_s:g} s")
             member.excluded = member.survey.reason
-    for agent in sorted(job.fleet.agents.values(), key=lambda a: a.id):
-        member = job.state.members.get(agent.id) or Member()
-        if agent.task or member.surveyed or member.excluded or not job.may_join(agent):
+    settled = {a for a, m in members.items() if m.surveyed or m.excluded}
+    for agent in job.fleet.agents.values():
+        if agent.task or agent.id in settled or not job.may_join(agent):
             continue
+        member = members.get(agent.id) or Member()
         attempt = member.survey.attempt + 1 if member.survey else 0
         member.survey = Share(agent=agent.id, attempt=attempt, assigned_at=job.now)
         member.survey_close_at = job.now + job.rules.survey_s
-        job.state.members[agent.id] = member
+        members[agent.id] = member
         agent.task = job.name
         job.out.append(act.Assign(agent=agent.id, plan=plans.survey_plan(job.state, member, job.now)))
+
+
+def forgive(job: Job, agent: str, *, reborn: bool) -> None:
+    """An agent is back: a new session clears any verdict but a wrong base, a mere return the one for silence."""
+    member = job.state.members.get(agent)
+    if member and member.survey and not member.excluded.startswith("bad_base"):
+        silent = member.survey.state is ExecState.TIMED_OUT
+        member.excluded = "" if reborn or silent else member.excluded
 
 
 def moved(job: Job, share: Share, event: ev.ShareMoved) -> None:

@@ -3,6 +3,8 @@
 Every offer gets exactly one kind of answer, however often and however late it comes: pulled, acknowledged (it is already
 here), or declined with the reason.  The identity of an update is (job, round, agent) and its digest; a second, different
 update of the same agent for the same round is declined, so nothing counts twice.
+
+An update that comes for an earlier attempt of a round still open to it counts like one of the present attempt.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ from enum import StrEnum
 
 from coordinator.core import actions as act
 from coordinator.core import events as ev
+from coordinator.core.choice import Choice
 from coordinator.core.job import Job
 from coordinator.core.plans import contribution, update_limit_bytes
 from coordinator.core.state import ENDED, Phase, Share
-from protocol.messages import ExecState, Offer
+from protocol.messages import TERMINAL, ExecState, Offer
 
 
 class Place(StrEnum):
@@ -32,37 +35,45 @@ def _place(job: Job, agent: str, offer: Offer) -> tuple[Place, str]:
     if known == offer.blob.sha256:
         return Place.KNOWN, ""
     if known:
-        return Place.NOWHERE, "a different update of this agent is already counted in this round"
+        return Place.NOWHERE, "superseded: a different update of this agent is already counted in this round"
     if state.phase in ENDED or state.phase is Phase.EVALUATING:
         return Place.NOWHERE, f"superseded: the job is {state.phase}"
-    round_ = state.round
-    if state.phase is Phase.COLLECTING and round_ and offer.round == round_.number and agent in round_.shares:
+    share = _current_share(job, agent, offer)
+    if share and share.state not in TERMINAL:
         return Place.CURRENT, ""
     if offer.round in state.missed.get(agent, {}) and offer.round > state.round_number - job.rules.max_staleness:
         return Place.LATE, ""
+    if share:
+        return Place.NOWHERE, f"superseded: this share has ended as {share.state}: {share.reason}"
     return Place.NOWHERE, f"superseded: round {offer.round} is closed and the job does not take this update any more"
 
 
-def _ranks(job: Job, agent: str, offer: Offer, place: Place) -> dict[str, int]:
-    if place is Place.LATE:
-        return job.state.missed[agent][offer.round]
-    assert job.state.round is not None
-    choice = job.state.round.shares[agent].choice
-    return choice.ranks if choice else {}
+def _current_share(job: Job, agent: str, offer: Offer) -> Share | None:
+    round_ = job.state.round
+    if round_ and round_.number == offer.round and job.state.phase is Phase.COLLECTING:
+        return round_.shares.get(agent)
+    return None
 
 
-def _fault(job: Job, agent: str, offer: Offer, place: Place) -> str:
+def _choice(job: Job, agent: str, offer: Offer) -> Choice:
+    """What was planned for this update; an earlier attempt may have been planned otherwise."""
+    missed = job.state.missed.get(agent, {}).get(offer.round)
+    share = _current_share(job, agent, offer)
+    choice = share.choice if share and (share.attempt == offer.attempt or missed is None) else missed
+    assert choice is not None
+    return choice
+
+
+def _fault(job: Job, offer: Offer, choice: Choice) -> str:
     """Why an offer is refused before a byte of it is pulled; empty when it is fine."""
-    limit = update_limit_bytes(job.state, _ranks(job, agent, offer, place))
+    limit = update_limit_bytes(job.state, choice.ranks)
+    planned = choice.n_steps * choice.batch * choice.accumulation
     if offer.blob.size > limit:
         return f"bad update: {offer.blob.size} bytes offered where the plan allows {limit}"
     if offer.samples < 1:
         return "bad update: it was trained on no sample"
-    if place is Place.CURRENT and job.state.round:
-        choice = job.state.round.shares[agent].choice
-        planned = choice.n_steps * choice.batch * choice.accumulation if choice else 0
-        if offer.samples > planned:
-            return f"bad update: {offer.samples} samples claimed where {planned} were planned"
+    if offer.samples > planned:
+        return f"bad update: {offer.samples} samples claimed where {planned} were planned"
     return ""
 
 
@@ -74,29 +85,28 @@ def offered(job: Job, event: ev.UpdateOffered) -> None:
         job.out.append(act.Acknowledge(agent=agent, xfer=offer.blob.xfer))
         return
     if place is not Place.NOWHERE:
-        reason = _fault(job, agent, offer, place)
+        reason = _fault(job, offer, _choice(job, agent, offer))
     if reason:
         _decline(job, agent, offer, reason)
         return
     share = _current_share(job, agent, offer)
-    if share:
+    if place is Place.CURRENT and share:
         share.offer = offer
         share.state = ExecState.UPLOADING
-    ranks = _ranks(job, agent, offer, place)
-    job.out.append(act.Fetch(agent=agent, offer=offer, matrices=job.state.matrices, ranks=ranks))
+    job.out.append(_fetch(job, agent, offer))
 
 
-def _current_share(job: Job, agent: str, offer: Offer) -> Share | None:
-    round_ = job.state.round
-    if round_ and round_.number == offer.round and job.state.phase is Phase.COLLECTING:
-        return round_.shares.get(agent)
-    return None
+def _fetch(job: Job, agent: str, offer: Offer) -> act.Fetch:
+    ranks = _choice(job, agent, offer).ranks
+    return act.Fetch(agent=agent, offer=offer, matrices=job.state.matrices, ranks=ranks)
 
 
 def _decline(job: Job, agent: str, offer: Offer, reason: str) -> None:
-    job.count("superseded_update" if reason.startswith("superseded") else "bad_update")
+    """Refuse an update for good; one that is unfit ends the share it was made for."""
+    superseded = reason.startswith("superseded")
+    job.count("superseded_update" if superseded else "bad_update")
     share = _current_share(job, agent, offer)
-    if share and share.state is not ExecState.DONE and not reason.startswith("superseded"):
+    if share and share.state not in TERMINAL and share.attempt == offer.attempt and not superseded:
         job.end_share(share, offer.round, ExecState.FAILED, reason)
     job.out.append(act.Decline(agent=agent, xfer=offer.blob.xfer, reason=reason))
 
@@ -109,28 +119,36 @@ def stored(job: Job, event: ev.UpdateStored) -> None:
         _decline(job, agent, offer, reason)
         return
     if place is not Place.KNOWN:
-        job.state.seen.setdefault(agent, {})[offer.round] = offer.blob.sha256
-    if place is Place.LATE:
-        del job.state.missed[agent][offer.round]
-        job.state.late.append(contribution(agent, offer))
+        _take(job, agent, offer, place)
+    job.out.append(act.Acknowledge(agent=agent, xfer=offer.blob.xfer))
+
+
+def _take(job: Job, agent: str, offer: Offer, place: Place) -> None:
+    """Count a stored update: for its share, for the attempt of its round that is yet to close, or for the next round."""
+    state, choice = job.state, _choice(job, agent, offer)
     share = _current_share(job, agent, offer)
+    state.seen.setdefault(agent, {})[offer.round] = offer.blob.sha256
+    state.missed.get(agent, {}).pop(offer.round, None)
     if place is Place.CURRENT and share:
         share.offer = offer
         job.end_share(share, offer.round, ExecState.DONE, "")
-    job.out.append(act.Acknowledge(agent=agent, xfer=offer.blob.xfer))
+    elif offer.round == state.round_number + 1 and state.phase is not Phase.AGGREGATING:
+        shares = state.round.shares if state.round else state.carried
+        shares[agent] = Share(agent=agent, attempt=offer.attempt, choice=choice, state=ExecState.DONE, offer=offer)
+    else:
+        state.late.append(contribution(agent, offer))
 
 
 def spoiled(job: Job, event: ev.UpdateSpoiled) -> None:
     """An update that could not be had or did not fit: the share fails, the agent is told why."""
-    _decline(job, event.agent, event.offer, event.reason)
+    if _place(job, event.agent, event.offer)[0] is not Place.KNOWN:
+        _decline(job, event.agent, event.offer, event.reason)
 
 
 def resume(job: Job) -> None:
     """Pull again what was being pulled."""
-    round_ = job.state.round
-    if job.state.phase is not Phase.COLLECTING or round_ is None:
+    if job.state.phase is not Phase.COLLECTING or job.state.round is None:
         return
-    for agent, share in sorted(round_.shares.items()):
-        if share.state is ExecState.UPLOADING and share.offer and share.choice:
-            ranks = share.choice.ranks
-            job.out.append(act.Fetch(agent=agent, offer=share.offer, matrices=job.state.matrices, ranks=ranks))
+    for agent, share in sorted(job.state.round.shares.items()):
+        if share.offer and share.state not in TERMINAL:
+            job.out.append(_fetch(job, agent, share.offer))

@@ -1,0 +1,401 @@
+"""The agent's shell: the only place where its core, the bus, the disk, the clock and the training child meet.
+
+bus, child, timer -> inbox -> core -> actions -> world.  Nothing is journalled: what must survive is the outbox, and the
+coordinator says everything else again at each birth.  torch lives in the child; this process stays small.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+from agent import bases, child, profiler
+from agent.config import AgentConfig
+from agent.core import actions as act
+from agent.core import events as ev
+from agent.core.session import Session
+from agent.outbox import Outbox
+from agent.supervisor import Supervisor
+from protocol import codec
+from protocol.blobs import Blobs
+from protocol.bus import Bus, Connected, Disconnected, Received, Will, mqtt_bus
+from protocol.daemon import Clock, OncePer, feed_watchdog, notify
+from protocol.errors import BadConfig, BadMessage, OutsideFault
+from protocol.exchange import Exchange, Lost, Outcome, Pulled
+from protocol.messages import (
+    Blob,
+    Body,
+    Cancel,
+    CoordinatorState,
+    Done,
+    Grant,
+    Offer,
+    Plan,
+    Presence,
+    Progress,
+    Rebirth,
+    Refuse,
+)
+from protocol.methods import load as load_method
+from protocol.outgoing import Outgoing
+from protocol.sending import Uploads
+from protocol.spool import Spool
+from protocol.topics import FromCoordinator, ToAgent, Topics, UpLeaf
+from protocol.transfer import Receiving
+
+SOFTWARE = "fedpipe 0.1.0"
+COORDINATOR = "coordinator"
+
+logger = logging.getLogger(__name__)
+
+
+class Agent:
+    """One edge server's agent.  `bus` is for tests; without it the configured broker is used."""
+
+    def __init__(self, config: AgentConfig, bus: Bus | None = None) -> None:
+        self.config = config
+        self.folder = Path(config.state_dir)
+        self.outbox = Outbox(self.folder / "outbox")
+        self.blobs = Blobs(self.folder / "blobs")
+        self.clock = Clock()
+        self.topics = Topics(config.fleet)
+        self.outgoing = Outgoing(self.clock)
+        self.core = Session(config.methods, self.outbox.load(), config.limits.max_global_rank)
+        self.uploads = Uploads()
+        self.supervisor = Supervisor(config.child, log=self.folder / "training.log")
+        self.link = profiler.Link()
+        self.report = profiler.profile(self.folder, self.link)
+        self.progress = Progress()
+        self.connected = False
+        self.bus = bus or mqtt_bus(config.broker, config.agent, self._will)
+        self.exchange = Exchange(
+            bus=self.bus,
+            spool=Spool(self.blobs, max_bytes=config.limits.max_model_bytes),
+            receiving=Receiving(),
+            clock=self.clock,
+            say=self._say_transfer,
+            chunk_topic=lambda _peer, xfer: self.topics.up_chunk(config.agent, xfer),
+            source=self.outbox.path,
+            outcome=self._model_ended,
+        )
+        self._inbox: asyncio.Queue[ev.Happened] = asyncio.Queue()
+        self._timer_moved = asyncio.Event()
+        self._progress_due = asyncio.Event()
+        self._run: asyncio.Task[None] | None = None
+        self._fetching_since = 0.0
+        self._complaints = OncePer()
+
+    # ------------------------------------------------------------------------------------------------------ lifecycle
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until `stop` is set; then hand over what the child has, and say goodbye."""
+        logger.info("started", extra={"action": "started", "agent": self.config.agent, "owed": len(self.core.outbox)})
+        async with self.bus, asyncio.TaskGroup() as group:
+            self._group = group
+            await self.bus.subscribe(*self.topics.agent_subscriptions(self.config.agent))
+            named: dict[str, Coroutine[Any, Any, None]] = {
+                "consume": self._consume(),
+                "read": self._read(),
+                "publish": self.outgoing.run(self.bus),
+                "timer": self._timer(),
+                "heartbeat": self._heartbeat(),
+                "report": self._watch_resources(),
+                "exchange": self.exchange.run(),
+                "watchdog": feed_watchdog(lambda: True),
+            }
+            tasks = [group.create_task(work, name=name) for name, work in named.items()]
+            notify(READY="1", STATUS="waiting for the broker")
+            await stop.wait()
+            await self._wind_down()
+            for task in tasks:
+                task.cancel()
+
+    async def _wind_down(self) -> None:
+        logger.info("stopping", extra={"action": "stopping"})
+        self.tell(ev.StopAsked(reason="the agent is stopping"))
+        await asyncio.sleep(0)
+        if self._run is not None:
+            await asyncio.wait([self._run], timeout=self.config.child.grace_s)
+        await self.supervisor.aclose()
+        await self.outgoing.goodbye(self.bus, self._topic("state"), self._presence(online=False, reason="stopping"))
+
+    # ------------------------------------------------------------------------------------------------ core and actions
+
+    def tell(self, event: ev.Happened) -> None:
+        """Hand in a fact."""
+        self._inbox.put_nowait(event)
+
+    async def _consume(self) -> None:
+        for offer in self.core.outbox.values():
+            self._perform(act.OfferUpdate(offer=offer))
+        while True:
+            event = await self._inbox.get()
+            wishes = self.core.handle(event, self.clock())
+            logger.debug(
+                "%s -> %s", type(event).__name__, [type(w).__name__ for w in wishes], extra={"action": "handled"}
+            )
+            for wish in wishes:
+                self._perform(wish)
+            self._timer_moved.set()
+
+    def _perform(self, wish: act.Wish) -> None:
+        match wish:
+            case act.SayBirth():
+                self._say_birth()
+            case act.Say(message=message):
+                self._say("exec", message)
+                extra = {"action": "share", "job": message.job, "round": message.round, "state": str(message.state)}
+                logger.info("share moved", extra=extra | ({"reason": message.reason} if message.reason else {}))
+                notify(STATUS=f"{message.job} round {message.round}: {message.state}")
+            case act.FetchModel(blob=blob, size=size, sha256=sha256):
+                self._fetch_model(blob, size, sha256)
+            case act.DropModel(blob=blob):
+                self.exchange.stop_pulling(COORDINATOR, blob.xfer)
+            case act.StartChild():
+                self._run = self._group.create_task(self._train(wish, self._run), name="train")
+            case act.StopChild(reason=reason):
+                self.supervisor.stop(reason)
+            case act.KillChild():
+                self._group.create_task(self.supervisor.kill(), name="kill")
+            case act.OfferUpdate(offer=offer):
+                self.exchange.sending.add(offer.blob)
+                for due in self.uploads.add(offer, self.clock()):
+                    self._say("offer", due.offer)
+            case act.ForgetUpdate(xfer=xfer):
+                self.uploads.done(xfer)
+                self.exchange.sending.remove(xfer)
+                self.outbox.forget(xfer)
+
+    # ---------------------------------------------------------------------------------------------------------- model
+
+    def _fetch_model(self, blob: Blob, size: int, sha256: str) -> None:
+        if self.blobs.has(sha256):
+            self.tell(ev.ModelFetched(sha256=sha256, n_bytes=0))
+            return
+        self._fetching_since = self.clock()
+        self.exchange.pull(COORDINATOR, blob, size=size if size < blob.size else None, sha256=sha256)
+
+    async def _model_ended(self, end: Outcome) -> None:
+        match end:
+            case Pulled(sha256=sha256, path=path):
+                n_bytes = path.stat().st_size
+                self.link.down(n_bytes, self.clock() - self._fetching_since)
+                for old in list(self.blobs):
+                    if old != sha256:
+                        self.blobs.delete(old)
+                self.tell(ev.ModelFetched(sha256=sha256, n_bytes=n_bytes))
+            case Lost(sha256=sha256, reason=reason):
+                self.tell(ev.ModelLost(sha256=sha256, reason=reason))
+
+    # ---------------------------------------------------------------------------------------------------------- child
+
+    async def _train(self, wish: act.StartChild, before: asyncio.Task[None] | None) -> None:
+        """One run of the child, from its inputs to the outbox.  Whatever goes wrong is an event."""
+        if before is not None:
+            await asyncio.wait([before])
+        plan = wish.plan
+        self.progress = Progress(job=plan.job, round=plan.round, attempt=plan.attempt, phase="loading")
+        try:
+            task = await self._task(wish)
+            ending = await self.supervisor.run(task, self._child_said)
+            match ending:
+                case child.Finished():
+                    self.tell(await self._finished(wish, ending))
+                case child.Failed(reason=reason, detail=detail):
+                    self.tell(ev.ChildFailed(reason=f"{reason}: {detail}" if detail else reason))
+        except OutsideFault as error:
+            self.tell(ev.ChildFailed(reason=str(error)))
+        finally:
+            self.progress = Progress()
+            self._progress_due.set()
+
+    async def _task(self, wish: act.StartChild) -> child.TrainTask:
+        plan, config = wish.plan, self.config
+        data = config.data.get(plan.data)
+        if data is None:
+            known = ", ".join(sorted(config.data)) or "none"
+            raise BadConfig(f"no data set {plan.data!r} here (there is: {known}): add [data.{plan.data}] with its path")
+        base_folder = await asyncio.to_thread(bases.resolve, plan.base, config.base)
+        return child.TrainTask(
+            plan=plan,
+            base_folder=str(base_folder),
+            data=data,
+            model_file=str(self.blobs.path(wish.model_sha256)) if wish.model_sha256 else None,
+            max_model_bytes=config.limits.max_model_bytes,
+            out_file=str(self.folder / "training.update"),
+            digest_cache=str(self.folder / "digests.json"),
+            device=config.device,
+            time_limit_s=wish.time_limit_s,
+            allowed=tuple(config.methods),
+        )
+
+    def _child_said(self, event: child.Event) -> None:
+        match event:
+            case child.Phase(name=name):
+                self.progress = _replace(self.progress, phase=name, step=0, n_steps=0)
+                self.tell(ev.ChildBegan(phase=name))
+            case child.Stepped():
+                self.progress = _replace(
+                    self.progress, step=event.step, n_steps=event.n_steps, samples=event.samples, loss=event.loss
+                )
+            case child.Evaluated(result=result):
+                self.tell(ev.ChildEvaluated(result=result))
+            case child.Surveyed(result=surveyed):
+                self.tell(ev.ChildSurveyed(result=surveyed))
+        self._progress_due.set()
+
+    async def _finished(self, wish: act.StartChild, ending: child.Finished) -> ev.ChildFinished:
+        update = None
+        if ending.file and ending.samples:
+            plan = wish.plan
+            offer = Offer(
+                job=plan.job,
+                round=plan.round,
+                attempt=plan.attempt,
+                kind=load_method(plan.method, self.config.methods).kind,
+                blob=Blob(sha256="0" * 64, size=1, chunk=self.config.broker.chunk_bytes),
+                samples=ending.samples,
+                loss=ending.loss,
+                train_s=ending.train_s,
+                bytes_down=wish.bytes_down,
+                stopped=ending.stopped,
+            )
+            update = await asyncio.to_thread(self.outbox.keep, Path(ending.file), offer)
+        return ev.ChildFinished(
+            samples=ending.samples, loss=ending.loss, train_s=ending.train_s, stopped=ending.stopped, update=update
+        )
+
+    # ------------------------------------------------------------------------------------------------------------ bus
+
+    def _topic(self, leaf: UpLeaf) -> str:
+        return self.topics.up(self.config.agent, leaf)
+
+    def _presence(self, *, online: bool, reason: str = "") -> Presence:
+        methods = self.config.methods if online else []
+        return Presence(session=self.outgoing.session, online=online, reason=reason, software=SOFTWARE, methods=methods)
+
+    def _will(self) -> Will:
+        return self.outgoing.will(self._topic("state"), self._presence(online=False, reason="the connection was lost"))
+
+    def _say(self, leaf: UpLeaf, body: Body) -> None:
+        self.outgoing.say(self._topic(leaf), body)
+
+    def _say_transfer(self, _peer: str, message: Grant | Done | Refuse) -> None:
+        self._say("answer", message)
+
+    def _say_birth(self) -> None:
+        self.outgoing.say(self._topic("state"), self._presence(online=True), retain=True)
+        self.outgoing.say(self._topic("report"), self.report, retain=True)
+
+    async def _read(self) -> None:
+        while True:
+            match await self.bus.next():
+                case Connected(mqtt_version=version):
+                    self.connected = True
+                    logger.info("connected", extra={"action": "bus_up", "mqtt": version})
+                    self.exchange.connected()
+                    for due in self.uploads.reset(self.clock()):
+                        self._say("offer", due.offer)
+                    self.tell(ev.BusUp())
+                case Disconnected(reason):
+                    self.connected = False
+                    logger.warning("no broker: %s", reason, extra={"action": "bus_down"})
+                    notify(STATUS=f"no broker: {reason}")
+                    self.tell(ev.BusDown(reason=reason))
+                case Received(topic, payload, _):
+                    self._receive(topic, payload)
+
+    def _receive(self, topic: str, payload: bytes) -> None:
+        if not payload:
+            return
+        try:
+            match self.topics.parse(topic):
+                case ToAgent(agent=agent, leaf="d", xfer=xfer) if agent == self.config.agent:
+                    self.exchange.chunk(COORDINATOR, xfer, payload)
+                case ToAgent(agent=agent) if agent == self.config.agent:
+                    self._hear(codec.decode(payload).b)
+                case FromCoordinator(leaf="state"):
+                    self._hear(codec.decode(payload).b)
+        except BadMessage as error:
+            held = self._complaints(f"bad {topic}", self.clock())
+            if held is not None:
+                extra = {"action": "bad_message", "topic": topic, "more": held}
+                logger.warning("message ignored: %s", error, extra=extra)
+
+    def _hear(self, body: Body) -> None:
+        match body:
+            case Plan():
+                self.tell(ev.PlanCame(plan=body))
+            case Cancel():
+                self.tell(ev.CancelCame(job=body.job, round=body.round, attempt=body.attempt, reason=body.reason))
+            case Rebirth():
+                self.tell(ev.RebirthAsked())
+            case CoordinatorState():
+                if body.online and body.session != self.core.coordinator:
+                    self.exchange.peer_reborn(COORDINATOR)
+                self.tell(ev.CoordinatorSeen(session=body.session, online=body.online))
+            case Grant():
+                self.uploads.granted(body.xfer, self.clock())
+                self.exchange.granted(COORDINATOR, body)
+            case Done():
+                self.tell(ev.UpdateAccepted(xfer=body.xfer))
+            case Refuse():
+                self._refused(body)
+
+    def _refused(self, refuse: Refuse) -> None:
+        if refuse.retry_after_s:
+            self.uploads.postponed(refuse.xfer, refuse.retry_after_s, self.clock())
+        elif refuse.xfer in self.core.outbox:
+            self.tell(ev.UpdateDeclined(xfer=refuse.xfer, reason=refuse.reason))
+        elif self.core.work and self.core.work.plan.model and self.core.work.plan.model.xfer == refuse.xfer:
+            self.exchange.stop_pulling(COORDINATOR, refuse.xfer)
+            self.tell(ev.ModelLost(sha256=self.core.wanted_model, reason=refuse.reason))
+
+    # ----------------------------------------------------------------------------------------------------------- time
+
+    async def _timer(self) -> None:
+        while True:
+            self._timer_moved.clear()
+            due = [at for at in (self.core.wake_at, self.exchange.wake_at, self.uploads.wake_at) if at is not None]
+            wait_s = min(max(0.0, min(due) - self.clock()), 1.0) if due else 1.0
+            try:
+                await asyncio.wait_for(self._timer_moved.wait(), wait_s)
+            except TimeoutError:
+                self._tick()
+
+    def _tick(self) -> None:
+        now = self.clock()
+        if self.connected:
+            self.exchange.tick()
+            for due in self.uploads.tick(now):
+                self._say("offer", due.offer)
+        if (at := self.core.wake_at) is not None and at <= now and self._inbox.empty():
+            self.tell(ev.Tick())
+
+    async def _heartbeat(self) -> None:
+        """Progress soon after it changed, but not too often; a bare sign of life otherwise."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._progress_due.wait(), self.config.heartbeat_s)
+            self._progress_due.clear()
+            if self.connected:
+                self.outgoing.say(self._topic("progress"), self.progress, qos=0)
+            await asyncio.sleep(self.config.progress_s)
+
+    async def _watch_resources(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.report_s)
+            report = await asyncio.to_thread(profiler.profile, self.folder, self.link)
+            if profiler.changed(self.report, report):
+                self.report = report
+                self.outgoing.say(self._topic("report"), report, retain=True)
+
+
+def _replace(progress: Progress, **changes: object) -> Progress:
+    import msgspec
+
+    return msgspec.structs.replace(progress, **changes)

@@ -1,0 +1,72 @@
+"""Finished updates on disk until the coordinator has them: a trained update outlives this process, the broker and the link.
+
+Per update two files, `{digest}.update` and `{digest}.json` (its Offer); the second appears last, so what is listed is whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import msgspec
+
+from protocol.blobs import digest_file, disk
+from protocol.files import replacing
+from protocol.messages import Offer
+
+logger = logging.getLogger(__name__)
+
+
+class Outbox:
+    """The folder of unacknowledged updates.  Raises Unavailable when the disk refuses."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._paths: dict[str, Path] = {}
+
+    def load(self) -> list[Offer]:
+        """Every update that is still owed, oldest first; a damaged entry is set aside and named in the log."""
+        offers = []
+        for path in sorted(self.folder.glob("*.json"), key=lambda p: p.stat().st_mtime):
+            try:
+                offer = msgspec.json.decode(path.read_bytes(), type=Offer)
+                data = self._file(offer.blob.sha256)
+                if data.stat().st_size != offer.blob.size:
+                    raise ValueError("its size differs")
+            except (msgspec.MsgspecError, OSError, ValueError) as error:
+                logger.warning(
+                    "outbox entry unusable", extra={"action": "outbox", "file": path.name, "error": str(error)}
+                )
+                path.rename(path.with_suffix(".broken"))
+                continue
+            self._paths[offer.blob.xfer] = data
+            offers.append(offer)
+        return offers
+
+    def keep(self, file: Path, offer: Offer) -> Offer:
+        """Take over a finished, durable update file; the offer comes back with the blob's digest and size filled in.  Blocking."""
+        with disk(self.folder):
+            sha256, size = digest_file(file)
+            blob = msgspec.structs.replace(offer.blob, sha256=sha256, size=size)
+            offer = msgspec.structs.replace(offer, blob=blob)
+            target = self._file(sha256)
+            file.replace(target)
+            with replacing(target.with_suffix(".json")) as out:
+                out.write(msgspec.json.encode(offer))
+        self._paths[blob.xfer] = target
+        return offer
+
+    def path(self, xfer: str) -> Path | None:
+        """The file behind an offered update."""
+        return self._paths.get(xfer)
+
+    def forget(self, xfer: str) -> None:
+        """The coordinator has it, or does not want it."""
+        path = self._paths.pop(xfer, None)
+        if path is not None:
+            path.with_suffix(".json").unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+    def _file(self, sha256: str) -> Path:
+        return self.folder / f"{sha256}.update"

@@ -1,0 +1,116 @@
+"""The training loop, top to bottom: learning rate, micro-batches, clipped AdamW step, progress, and a way out.
+
+A step is `accumulation` micro-batches.  Its loss is the mean over all their target tokens, not the mean of their means: a
+micro-batch of short answers does not weigh as much as one of long answers.
+
+Every yield reports one finished micro-batch and hears whether to stop.  On a stop in the middle of a step the gradients so far
+are re-scaled to the tokens they saw and applied: nothing that was computed is thrown away and the sample count stays true.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+
+from agent.batches import Batch, token_losses
+from agent.child import Stepped
+from agent.trainers import TrainingFailed
+from protocol.messages import Training
+
+
+class Fit(NamedTuple):
+    """What a run did.  loss is the mean over its steps; is_stopped when a stop or the time limit ended it early."""
+
+    steps: int
+    samples: int
+    tokens: int
+    loss: float | None
+    seconds: float
+    is_stopped: bool
+
+
+def learning_rate(training: Training, step: int) -> float:
+    """Linear warm-up, then constant: a round is short, and the coordinator sets each round's rate."""
+    return training.learning_rate * min(1.0, (step + 1) / max(1, training.warmup_steps))
+
+
+def fit(
+    model: Any,
+    batches: Iterator[Batch],
+    parameters: Sequence[torch.nn.Parameter],
+    training: Training,
+    *,
+    is_out_of_time: Callable[[], bool],
+    after_forward: Callable[[Batch], None],
+) -> Generator[Stepped, bool, Fit]:
+    """Train `parameters` for training.n_steps optimizer steps.
+
+    Args:
+        model: called with input_ids; only `parameters` may require gradients.
+        batches: endless micro-batches.
+        parameters: what the optimizer moves.
+        training: the plan's numbers.
+        is_out_of_time: asked after each micro-batch.
+        after_forward: called when activations are at their peak, to measure.
+
+    Raises TrainingFailed as soon as a loss or a gradient is not finite.
+    """
+    model.train()
+    optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+    started = time.monotonic()
+    samples = tokens = 0
+    losses: list[float] = []  # one per step
+
+    def stepped(loss: float) -> Stepped:
+        seconds = time.monotonic() - started
+        return Stepped(
+            step=len(losses), n_steps=training.n_steps, samples=samples, loss=loss, tokens=tokens, seconds=seconds
+        )
+
+    is_stopping, seen, planned = False, 0, 0
+    while len(losses) < training.n_steps and not is_stopping:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(training, len(losses))
+        micro_batches = list(islice(batches, training.accumulation))
+        planned = max(1, sum(batch.n_targets for batch in micro_batches))
+        seen, total = 0, 0.0
+        for batch in micro_batches:
+            loss, _ = token_losses(model, batch)
+            after_forward(batch)
+            torch.autograd.backward(loss / planned)
+            total += loss.item()  # waits for the device: a stop never finds more than one micro-batch in flight
+            if not math.isfinite(total):
+                raise TrainingFailed("loss is not finite", f"in step {len(losses) + 1}")
+            seen += batch.n_targets
+            samples, tokens = samples + batch.n_samples, tokens + batch.n_targets
+            is_stopping = is_out_of_time()
+            if is_stopping or batch is micro_batches[-1]:
+                break
+            is_stopping = yield stepped(total / max(1, seen))
+            if is_stopping:
+                break
+        _step(optimizer, parameters, training.max_gradient_norm, rescale=planned / max(1, seen))
+        losses.append(total / max(1, seen))
+        is_stopping = (yield stepped(losses[-1])) or is_stopping
+    mean = sum(losses) / len(losses) if losses else None
+    is_early = len(losses) < training.n_steps or seen < planned
+    return Fit(len(losses), samples, tokens, mean, time.monotonic() - started, is_early)
+
+
+def _step(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter], max_norm: float, *, rescale: float
+) -> None:
+    if rescale != 1.0:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad *= rescale
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)  # 0 is no clipping
+    if not torch.isfinite(norm):
+        raise TrainingFailed("loss is not finite", "its gradient is not")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)  # frees the gradients before the next forward pass

@@ -1,0 +1,197 @@
+r"""The frozen base with two adapters on it: the fleet's, frozen, and this agent's own, trainable.
+
+    y = W x  +  B_g A_g x  +  s B A x          W quantized and untouched, (B_g, A_g) the downloaded global adapter
+
+    base ---------------------------------.
+    global adapter  A_g (r_g, d_in)  B_g --+--> y        only A (r, d_in) and B (d_out, r) of the local adapter learn
+    local adapter   A  (r, d_in)    B  ---'
+
+B = 0 at the start, so training begins exactly at the received version, whatever A is.  A starts in the right subspace of the
+global adapter, where the fleet has found what matters so far (method.md section 6; our design): its first rows are a random
+rotation of an orthonormal basis of the rows of A_g, scaled to the norm that PEFT's own start would have; further rows, and
+all rows where there is no global adapter, are PEFT's own.  So at version 0 this is a plain PEFT LoRA run.
+
+What leaves is s B A alone: a true delta on top of the version received.  The base is never merged into, so taking the
+adapters off restores it bit by bit and it serves the next round.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from agent.loading import matrices
+from protocol.adapters import Adapter, Factors
+from protocol.errors import BadMessage, BadUpdate
+from protocol.messages import Matrix
+from protocol.tensors import F32
+
+GLOBAL: Final = "global"
+LOCAL: Final = "local"
+
+
+class Adapted:
+    """A base model that carries adapters.  `model` is called like the base; `parameters` are what learns."""
+
+    def __init__(self, model: Any, ranks: Mapping[str, int], scale: float) -> None:
+        self.model = model
+        self.parameters: list[torch.nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
+        self._ranks = ranks
+        self._scale = scale
+
+    def local(self) -> Adapter:
+        """The local adapter as it is now, the scale folded into B."""
+        found = {}
+        for name in self._ranks:
+            a, b = _weights(self.model, name, LOCAL)
+            found[name] = Factors(a=_to_numpy(a), b=_to_numpy(b) * np.float32(self._scale))
+        return found
+
+
+@contextmanager
+def adapted(base: Any, frozen: Adapter, ranks: Mapping[str, int], scale: float, seed: int) -> Iterator[Adapted]:
+    """Put both adapters on `base` for the time of the block and take them off behind it, whatever happens.
+
+    Args:
+        base: a model from agent/loading.py.
+        frozen: the global adapter, {} at version 0.
+        ranks: rank of the local adapter by matrix; {} for evaluation alone.
+        scale: s, the same for all ranks.
+        seed: decides the start of A.
+
+    Raises BadMessage for ranks and BadUpdate for a global adapter that do not fit the base.
+    """
+    shapes = {matrix.name: matrix for matrix in matrices(base)}
+    _check_ranks(ranks, shapes)
+    _check_frozen(frozen, shapes)
+    if not frozen and not ranks:
+        yield Adapted(base, {}, scale)
+        return
+    try:
+        yield Adapted(_wrap(base, frozen, ranks, scale, seed), ranks, scale)
+    finally:
+        _unwrap(base)
+
+
+def _wrap(base: Any, frozen: Adapter, ranks: Mapping[str, int], scale: float, seed: int) -> Any:
+    from peft import get_peft_model
+
+    wanted = {GLOBAL: ({name: f.rank for name, f in frozen.items()}, 1.0), LOCAL: (ranks, scale)}
+    model = None
+    for name, (its_ranks, its_scale) in wanted.items():
+        if not its_ranks:
+            continue
+        torch.manual_seed(seed)
+        if model is None:
+            model = get_peft_model(base, _config(its_ranks, its_scale), adapter_name=name)
+        else:
+            model.add_adapter(name, _config(its_ranks, its_scale))
+    assert model is not None
+    model.base_model.set_adapter([name for name, (its_ranks, _) in wanted.items() if its_ranks])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(f".{LOCAL}." in name)
+    _copy_in(model, frozen)
+    _start_in_subspace(model, frozen, ranks, seed)
+    return model
+
+
+def _unwrap(base: Any) -> None:
+    # By hand and in place: PeftModel.unload() does the same from the wrapper, which may not exist if wrapping failed midway.
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(base.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, module.get_base_layer())
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+
+
+def _config(ranks: Mapping[str, int], scale: float) -> Any:
+    """PEFT's configuration for exactly these matrices.
+
+    Its patterns are regular expressions tried one by one for every module; one per rank instead of one per matrix keeps
+    that linear.  alpha = scale * rank gives every matrix the same scale alpha / rank.
+    """
+    from peft import LoraConfig
+
+    by_rank: dict[int, list[str]] = defaultdict(list)
+    for name, rank in ranks.items():
+        by_rank[rank].append(re.escape(name))
+    patterns = {f"^({'|'.join(names)})": rank for rank, names in by_rank.items()}
+    return LoraConfig(
+        target_modules="|".join(re.escape(name) for name in ranks),  # a text is matched whole, a list also as a suffix
+        rank_pattern=patterns,
+        alpha_pattern={pattern: scale * rank for pattern, rank in patterns.items()},
+        lora_dropout=0.0,
+        bias="none",
+    )
+
+
+@torch.no_grad()
+def _copy_in(model: Any, frozen: Adapter) -> None:
+    for name, factors in frozen.items():
+        a, b = _weights(model, name, GLOBAL)
+        a.copy_(torch.from_numpy(factors.a))
+        b.copy_(torch.from_numpy(factors.b))
+
+
+@torch.no_grad()
+def _start_in_subspace(model: Any, frozen: Adapter, ranks: Mapping[str, int], seed: int) -> None:
+    for index, name in enumerate(sorted(ranks)):
+        if name in frozen:
+            a, _ = _weights(model, name, LOCAL)
+            rows = subspace_rows(frozen[name].a, ranks[name], np.random.default_rng([seed, index]))
+            a[: len(rows)].copy_(torch.from_numpy(rows))
+
+
+def subspace_rows(a: F32, n_rows: int, rng: np.random.Generator) -> F32:
+    """At most n_rows orthogonal rows that span a random part of the row space of `a`, each of norm 1/sqrt(3).
+
+    That is the root mean square norm of a row of PEFT's start, uniform within +-1/sqrt(d_in).  Fewer rows come back when
+    the row space has fewer dimensions.  Shapes: a (r, d_in) -> (min(n_rows, rank of a), d_in).  Cost: O(r^2 d_in).
+    """
+    wide = a.astype(np.float64)
+    values, vectors = np.linalg.eigh(wide @ wide.T)  # a = sum of sqrt(value) * vector * basis row
+    kept = values > max(values.max(initial=0.0), 0.0) * 1e-10
+    basis = (vectors[:, kept] / np.sqrt(values[kept])).T @ wide  # (k, d_in), orthonormal rows
+    n = min(n_rows, len(basis))
+    rotation, _ = np.linalg.qr(rng.standard_normal((len(basis), n)))  # (k, n), orthonormal columns
+    rows: F32 = (rotation.T @ basis / np.sqrt(3.0)).astype(np.float32)
+    return rows
+
+
+def _weights(model: Any, name: str, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+    layer = model.get_base_model().get_submodule(name)
+    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+
+
+def _to_numpy(weight: torch.Tensor) -> F32:
+    values: F32 = weight.detach().to("cpu", torch.float32, copy=True).numpy()
+    return values
+
+
+def _check_ranks(ranks: Mapping[str, int], shapes: Mapping[str, Matrix]) -> None:
+    if unknown := sorted(ranks.keys() - shapes.keys()):
+        raise BadMessage(
+            f"plan names {len(unknown)} matrices that the base does not have: {unknown[0]!r}; survey again"
+        )
+    for name, rank in ranks.items():
+        if rank > min(shapes[name].d_in, shapes[name].d_out):
+            raise BadMessage(
+                f"plan gives {name!r} rank {rank}, more than its {min(shapes[name].d_in, shapes[name].d_out)}"
+            )
+
+
+def _check_frozen(frozen: Adapter, shapes: Mapping[str, Matrix]) -> None:
+    for name, factors in frozen.items():
+        matrix = shapes.get(name)
+        if matrix is None or factors.shape != (matrix.d_out, matrix.d_in):
+            there = "no such matrix" if matrix is None else f"({matrix.d_out}, {matrix.d_in})"
+            raise BadUpdate(f"global adapter has {name!r} of shape {factors.shape}; the base has {there}")

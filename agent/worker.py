@@ -1,0 +1,183 @@
+"""The training child: `python -m agent.worker PARENT_PID`, started and watched by agent/supervisor.py.
+
+    stdin   Run, Stop, Quit          read by a thread, so that a Stop arrives in the middle of a step
+    stdout  events, nothing else     whatever the libraries print goes to stderr
+
+One task at a time, in the main thread.  A Stop, a SIGTERM or the end of stdin sets a flag that the trainer hears after the
+present micro-batch; a second thread is never in torch.  The kernel is told to kill this process with its parent and to
+choose it first when memory runs out: the services of the host and the daemon come before training.
+
+An unexpected exception is reported and then ends the process: after a CUDA fault nothing in it can be trusted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+from pathlib import Path
+from queue import SimpleQueue
+from typing import BinaryIO, Final
+
+import msgspec
+
+from agent import child, trainers
+from agent.child import Ending, Event, Failed, Finished, Phase, Ready, Run, Stop, Surveyed, TrainTask
+from agent.trainers import Trainer, TrainingFailed
+from protocol import methods
+from protocol.errors import OutsideFault
+
+logger = logging.getLogger("agent.worker")
+
+PR_SET_PDEATHSIG: Final = 1
+OOM_SCORE: Final = 800
+"""Of 1000, on top of the share of memory in use: before everything that did not volunteer too."""
+EX_SOFTWARE: Final = 70
+
+
+class Mailbox:
+    """Commands from the parent.  `why` is not empty while the running task should stop."""
+
+    def __init__(self, source: BinaryIO) -> None:
+        self._source = source
+        self._tasks: SimpleQueue[TrainTask | None] = SimpleQueue()
+        self.why = ""
+
+    def listen(self) -> None:
+        """Read commands until Quit or the end of the pipe.  Runs in its own thread."""
+        with contextlib.suppress(OSError, EOFError, msgspec.DecodeError):
+            while True:
+                match child.decode_command(read_frame(self._source)):
+                    case Run(task=task):
+                        self.why = ""  # a Stop that crossed the end of the task before
+                        self._tasks.put(task)
+                    case Stop(reason=reason):
+                        self.why = reason or "stop"
+                    case _:
+                        break
+        self.finish("quit")
+
+    def finish(self, why: str) -> None:
+        """Stop the running task and take no other.  Safe in a signal handler."""
+        self.why = why
+        self._tasks.put(None)
+
+    def next(self) -> TrainTask | None:
+        """Wait for the next task; None is the end."""
+        return self._tasks.get()
+
+
+class Worker:
+    """Runs tasks and reports.  Keeps one instance per trainer, so that its base model stays loaded."""
+
+    def __init__(self, mailbox: Mailbox, sink: BinaryIO) -> None:
+        self._mailbox = mailbox
+        self._sink = sink
+        self._trainers: dict[str, Trainer] = {}
+
+    def send(self, event: Event) -> None:
+        """Tell the parent; a parent that is gone ends this process by its own means."""
+        self._sink.write(child.encode(event))
+        self._sink.flush()
+
+    def work(self) -> None:
+        """Run tasks until told to end."""
+        self.send(Ready(pid=os.getpid()))
+        while (task := self._mailbox.next()) is not None:
+            self.send(self._ending(task))
+            gc.collect()  # what a failed task's traceback held
+
+    def _ending(self, task: TrainTask) -> Ending:
+        try:
+            return self._run(task)
+        except TrainingFailed as error:
+            logger.warning("task failed", extra={"action": "task_failed"}, exc_info=True)
+            return error.failed
+        except OutsideFault as error:
+            return Failed(reason=re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).lower(), detail=str(error))
+        except Exception as error:
+            logger.exception("task crashed", extra={"action": "task_crashed"})
+            self.send(Failed(reason="crashed", detail=f"{type(error).__name__}: {error}"[:1000]))
+            raise SystemExit(EX_SOFTWARE) from error
+
+    def _run(self, task: TrainTask) -> Ending:
+        trainer = self._trainer(task)
+        if task.plan.purpose == "survey":
+            self.send(Phase(name="loading"))
+            self.send(Surveyed(result=trainer.survey(task)))
+            return Finished()
+        running = trainer.train(task)
+        try:
+            event = next(running)
+            while True:
+                self.send(event)
+                event = running.send(bool(self._mailbox.why))
+        except StopIteration as end:
+            finished: Finished = end.value
+        finally:
+            running.close()
+        is_told = finished.stopped == "stop"
+        return msgspec.structs.replace(finished, stopped=self._mailbox.why) if is_told else finished
+
+    def _trainer(self, task: TrainTask) -> Trainer:
+        name = methods.load(task.plan.method, task.allowed).trainer
+        if name not in self._trainers:
+            self._trainers[name] = trainers.load(name, task.allowed)()
+        return self._trainers[name]
+
+
+def read_frame(source: BinaryIO) -> bytes:
+    """One frame's body.  Raises EOFError at the end of the stream or for a length that is none of ours."""
+    (length,) = child.LENGTH.unpack(_exactly(source, child.LENGTH.size))
+    if length > child.MAX_FRAME_BYTES:
+        raise EOFError
+    return _exactly(source, length)
+
+
+def _exactly(source: BinaryIO, n_bytes: int) -> bytes:
+    data = source.read(n_bytes)
+    if len(data) < n_bytes:
+        raise EOFError
+    return data
+
+
+def take_over_stdio() -> tuple[BinaryIO, BinaryIO]:
+    """Keep the pipes for frames: afterwards stdin is empty and stdout is stderr, also for C libraries."""
+    source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    with Path(os.devnull).open("rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(2, 1)
+    return source, sink
+
+
+def depend_on(parent_pid: int) -> None:
+    """Die with the parent, at once and without a chance to hang, and before others when memory runs out."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it died before the line above
+        raise SystemExit(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
+
+
+def main() -> None:
+    """Listen, work, exit."""
+    source, sink = take_over_stdio()
+    depend_on(int(sys.argv[1]))
+    logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
+    mailbox = Mailbox(source)
+    signal.signal(signal.SIGTERM, lambda *_: mailbox.finish(child.SIGTERM))
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C goes to the whole group; the parent decides what it means here
+    threading.Thread(target=mailbox.listen, name="mailbox", daemon=True).start()
+    Worker(mailbox, sink).work()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,408 @@
+"""The coordinator's shell: the only place where the core, the bus, the disk, the clock and the network meet.
+
+One inbox, one consumer, no locks:   bus, timer, web, slow work -> inbox -> journal (one commit) -> core -> actions -> world
+
+The consumer never waits for the network: an action is put into a queue or spawned, and slow work comes back as an event.  A
+restart loads the snapshot, replays the journal with the actions thrown away, and asks for everything under way again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from coordinator import intake
+from coordinator.config import CoordinatorConfig
+from coordinator.core import actions as act
+from coordinator.core import events as ev
+from coordinator.core import plans
+from coordinator.core.fleet import Fleet, decode_state, encode_state
+from coordinator.core.state import ENDED
+from coordinator.presence import Presence
+from coordinator.store import Store
+from coordinator.work import RETRY_S, SOFTWARE, Work
+from protocol.blobs import Blobs
+from protocol.bus import Bus, Connected, Disconnected, Received, Will, mqtt_bus
+from protocol.daemon import Clock, OncePer, feed_watchdog, notify
+from protocol.errors import BadMessage, IllegalMove, Unavailable
+from protocol.exchange import Exchange, Lost, Outcome, Pulled
+from protocol.messages import CoordinatorState, Done, Grant, Offer, Progress, Rebirth, Refuse
+from protocol.outgoing import Outgoing
+from protocol.spool import Spool
+from protocol.topics import FromAgent, Topics
+from protocol.transfer import Receiving
+
+CLIENT_ID = "fedpipe-coordinator"
+
+logger = logging.getLogger(__name__)
+Watcher = Callable[[list[ev.Happened], list[act.Wish]], None]
+
+
+class Coordinator:
+    """One fleet's coordinator.  `bus` is for tests; without it the configured broker is used."""
+
+    def __init__(self, config: CoordinatorConfig, bus: Bus | None = None) -> None:
+        self.config = config
+        self.folder = Path(config.state_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.store = Store(self.folder / "journal.sqlite")
+        self.blobs = Blobs(self.folder / "blobs")
+        self.clock = Clock(self.store.last_at())
+        self.topics = Topics(config.fleet)
+        self.outgoing = Outgoing(self.clock)
+        self.work = Work(config, self.store, self.blobs, self.clock)
+        self.presence = Presence(config.heartbeat_s)
+        self.fleet, self._seq = self._recover()
+        self.connected = False
+        self.bus_fault = "not connected yet"
+        self.watchers: set[Watcher] = set()
+        self.bus = bus or mqtt_bus(config.broker, f"{CLIENT_ID}-{config.fleet}", self._will)
+        self.exchange = Exchange(
+            bus=self.bus,
+            spool=Spool(self.blobs, max_bytes=config.transfer.max_update_bytes),
+            receiving=Receiving(
+                window=config.transfer.window,
+                budget_bytes=config.transfer.budget_bytes,
+                timeout_s=config.transfer.timeout_s,
+            ),
+            clock=self.clock,
+            say=self._say_transfer,
+            chunk_topic=self.topics.down_chunk,
+            source=self._served_file,
+            outcome=self._transfer_ended,
+        )
+        self._inbox: asyncio.Queue[tuple[ev.Happened, asyncio.Future[None] | None]] = asyncio.Queue()
+        self._timer_moved = asyncio.Event()
+        self._fetching: dict[tuple[str, str], act.Fetch] = {}
+        self._served: dict[str, str] = {}
+        self._slow: dict[str, asyncio.Task[None]] = {}
+        self._complaints = OncePer()
+        self.n_bad_messages = 0
+
+    # ------------------------------------------------------------------------------------------------------ lifecycle
+
+    async def run(self, stop: asyncio.Event, *more: Coroutine[Any, Any, None]) -> None:
+        """Work until `stop` is set; `more` (the web server) runs beside it."""
+        logger.info(
+            "started", extra={"action": "started", "fleet": self.config.fleet, "session": self.outgoing.session}
+        )
+        async with self.bus, asyncio.TaskGroup() as group:
+            self._group = group
+            await self.bus.subscribe(*self.topics.coordinator_subscriptions())
+            named: dict[str, Coroutine[Any, Any, None]] = {
+                "consume": self._consume(),
+                "read": self._read(),
+                "publish": self.outgoing.run(self.bus),
+                "timer": self._timer(),
+                "silence": self._watch_silence(),
+                "exchange": self.exchange.run(),
+                "watchdog": feed_watchdog(lambda: True),
+            }
+            tasks = [group.create_task(work, name=name) for name, work in named.items()]
+            tasks += [group.create_task(work) for work in more]
+            notify(READY="1", STATUS="waiting for the broker")
+            await stop.wait()
+            logger.info("stopping", extra={"action": "stopping"})
+            await self.outgoing.goodbye(self.bus, self.topics.coordinator_state(), self._state(online=False))
+            for task in [*tasks, *self._slow.values()]:
+                task.cancel()
+        self.store.save_snapshot(self._seq, encode_state(self.fleet.state))
+        self.store.close()
+
+    def _recover(self) -> tuple[Fleet, int]:
+        """Snapshot + journal.  A row that the core cannot take is marked and left out: it must not stop every restart."""
+        while True:
+            saved = self.store.load_snapshot()
+            seq, fleet = (saved[0], Fleet(decode_state(saved[1]))) if saved else (0, Fleet())
+            for entry in self.store.replay(seq):
+                try:
+                    fleet.handle(entry.event, entry.at)
+                except (IllegalMove, AssertionError, LookupError, ValueError):
+                    logger.exception("a journal row is poison", extra={"action": "poison", "seq": entry.seq})
+                    self.store.poison(entry.seq)
+                    break
+                seq = entry.seq
+            else:
+                return fleet, seq
+
+    # ------------------------------------------------------------------------------------------------------- consumer
+
+    async def post(self, event: ev.Happened) -> None:
+        """Hand in a fact and wait until it is journalled and handled.  Raises Unavailable when the disk refuses it."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._inbox.put_nowait((event, done))
+        await done
+
+    def tell(self, event: ev.Happened) -> None:
+        """Hand in a fact."""
+        self._inbox.put_nowait((event, None))
+
+    async def _consume(self) -> None:
+        for wish in self.fleet.resume(self.clock()):
+            self._perform(wish)
+        for agent in self.fleet.state.agents.values():
+            if agent.online:
+                self.presence.expect(agent.id, self.clock())
+        while True:
+            batch = [await self._inbox.get()]
+            while not self._inbox.empty():
+                batch.append(self._inbox.get_nowait())
+            await self._take(batch)
+            self._timer_moved.set()
+
+    async def _take(self, batch: list[tuple[ev.Happened, asyncio.Future[None] | None]]) -> None:
+        now = self.clock()
+        try:
+            seqs = await asyncio.to_thread(self.store.append, [(now, event) for event, _ in batch])
+        except Unavailable as error:
+            logger.error("%s", error, extra={"action": "journal_refused", "events": len(batch)})
+            for _, done in batch:
+                if done and not done.done():
+                    done.set_exception(error)
+            notify(STATUS=f"disk: {error}")
+            return
+        wishes: list[act.Wish] = []
+        for seq, (event, done) in zip(seqs, batch, strict=True):
+            wishes += self._handle(seq, event, now)
+            if done and not done.done():
+                done.set_result(None)
+        for wish in wishes:
+            self._perform(wish)
+        for watcher in list(self.watchers):
+            watcher([event for event, _ in batch], wishes)
+        if any(isinstance(wish, act.Record | act.Finish) for wish in wishes):
+            await asyncio.to_thread(self.store.save_snapshot, self._seq, encode_state(self.fleet.state))
+
+    def _handle(self, seq: int, event: ev.Happened, now: float) -> list[act.Wish]:
+        try:
+            wishes = self.fleet.handle(event, now)
+        except (IllegalMove, AssertionError, LookupError, ValueError):
+            logger.exception("the core refused an event", extra={"action": "poison", "event": type(event).__name__})
+            self.store.poison(seq)
+            self.fleet, self._seq = self._recover()
+            return self.fleet.resume(now)
+        self._seq = seq
+        logger.debug("%s -> %s", type(event).__name__, [type(w).__name__ for w in wishes], extra={"action": "handled"})
+        return wishes
+
+    # -------------------------------------------------------------------------------------------------------- actions
+
+    def _perform(self, wish: act.Wish) -> None:
+        match wish:
+            case act.Assign(agent=agent, plan=plan):
+                self.outgoing.say(self.topics.down(agent, "plan"), plan, retain=True)
+            case act.Withdraw(agent=agent, cancel=cancel):
+                self.outgoing.clear(self.topics.down(agent, "plan"))
+                if cancel:
+                    self.outgoing.say(self.topics.down(agent, "cmd"), cancel)
+            case act.Announce(card=card):
+                self.outgoing.say(self.topics.job(card.job), card, retain=True)
+                logger.info(
+                    "job moved", extra={"action": "job", "job": card.job, "phase": card.phase, "reason": card.reason}
+                )
+            case act.MakePlan():
+                self.tell(self.work.plan(wish, self.fleet.state.jobs[wish.job]))
+            case act.Fetch():
+                self._fetching[wish.agent, wish.offer.blob.xfer] = wish
+                self._fetch(wish)
+            case act.Acknowledge(agent=agent, xfer=xfer):
+                self.outgoing.say(self.topics.down(agent, "grant"), Done(xfer=xfer))
+            case act.Decline(agent=agent, xfer=xfer, reason=reason):
+                self._fetching.pop((agent, xfer), None)
+                self.exchange.stop_pulling(agent, xfer)
+                self.outgoing.say(self.topics.down(agent, "grant"), Refuse(xfer=xfer, reason=reason[:2000]))
+                logger.warning("update declined", extra={"action": "declined", "agent": agent, "reason": reason})
+            case act.Aggregate():
+                self._spawn(f"fold/{wish.job}/{wish.round}/{wish.attempt}", self._fold(wish))
+            case act.Serve(blob=blob):
+                self.exchange.sending.add(blob)
+                self._served[blob.xfer] = blob.sha256
+            case act.Record(job=job, record=record):
+                self.store.record(job, record)
+                logger.info(
+                    "round closed",
+                    extra={
+                        "action": "round",
+                        "job": job,
+                        "round": record.round,
+                        "attempt": record.attempt,
+                        "outcome": record.outcome,
+                        "loss": record.loss,
+                        "wall_s": round(record.wall_s, 2),
+                        "done": sum(s.state == "DONE" for s in record.shares.values()),
+                        "agents": len(record.shares),
+                    },
+                )
+            case act.Finish(job=job, phase=phase, reason=reason):
+                logger.info("job ended", extra={"action": "job_ended", "job": job, "phase": phase, "reason": reason})
+                self._spawn(
+                    f"export/{job}", self.work.export(self.fleet.state.jobs[job], self.folder / "exports" / job)
+                )
+
+    def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        """Start slow work; the same asked for again while it runs is under way already."""
+        if name in self._slow:
+            work.close()
+            return
+        self._slow[name] = self._group.create_task(work, name=name)
+        self._slow[name].add_done_callback(lambda _: self._slow.pop(name, None))
+
+    async def _fold(self, wish: act.Aggregate) -> None:
+        done = await self.work.fold(wish)
+        await self.post(done)
+        if isinstance(done, ev.Aggregated):
+            self.work.forget_updates(wish)
+
+    # -------------------------------------------------------------------------------------------------------- uploads
+
+    def _fetch(self, wish: act.Fetch) -> None:
+        blob = wish.offer.blob
+        if self.blobs.has(blob.sha256):
+            self._spawn(f"judge/{wish.agent}/{blob.xfer}", self._judge(wish))
+        else:
+            self.exchange.pull(wish.agent, blob)
+
+    async def _transfer_ended(self, end: Outcome) -> None:
+        wish = self._fetching.get((end.peer, end.blob.xfer))
+        if wish is None:
+            return
+        match end:
+            case Pulled():
+                await self._judge(wish)
+            case Lost(temporary=True, reason=reason):
+                logger.warning("update not here yet: %s", reason, extra={"action": "lost", "agent": end.peer})
+                refuse = Refuse(xfer=end.blob.xfer, reason=reason[:2000], retry_after_s=RETRY_S)
+                self.outgoing.say(self.topics.down(end.peer, "grant"), refuse)
+            case Lost(reason=reason):
+                self.tell(ev.UpdateSpoiled(agent=end.peer, offer=wish.offer, reason=f"bad update: {reason}"))
+
+    async def _judge(self, wish: act.Fetch) -> None:
+        kind = self.work.kind_of(self.fleet.state.jobs[wish.offer.job])
+        verdict = await self.work.judge(wish, kind)
+        self._fetching.pop((wish.agent, wish.offer.blob.xfer), None)
+        self.tell(verdict)
+
+    def _served_file(self, xfer: str) -> Path | None:
+        sha256 = self._served.get(xfer)
+        return self.blobs.path(sha256) if sha256 else None
+
+    # ------------------------------------------------------------------------------------------------------------ bus
+
+    def _state(self, *, online: bool) -> CoordinatorState:
+        return CoordinatorState(session=self.outgoing.session, online=online, software=SOFTWARE)
+
+    def _will(self) -> Will:
+        return self.outgoing.will(self.topics.coordinator_state(), self._state(online=False))
+
+    def _say_transfer(self, peer: str, message: Grant | Done | Refuse) -> None:
+        self.outgoing.say(self.topics.down(peer, "grant"), message)
+
+    async def _read(self) -> None:
+        while True:
+            match await self.bus.next():
+                case Connected() as welcome:
+                    self._connected(welcome)
+                case Disconnected(reason):
+                    self.connected, self.bus_fault = False, reason
+                    logger.warning("no broker: %s", reason, extra={"action": "bus_down"})
+                    notify(STATUS=f"no broker: {reason}")
+                case Received(topic, payload, _):
+                    self._receive(topic, payload)
+
+    def _connected(self, welcome: Connected) -> None:
+        self.connected, self.bus_fault = True, ""
+        logger.info(
+            "connected", extra={"action": "bus_up", "mqtt": welcome.mqtt_version, "broker": self.config.broker.url}
+        )
+        notify(STATUS=f"{len(self.fleet.state.agents)} agents known")
+        self.outgoing.say(self.topics.coordinator_state(), self._state(online=True), retain=True)
+        self.exchange.connected()
+        for wish in self.fleet.resume(self.clock()):
+            self._perform(wish)
+
+    def _receive(self, topic: str, payload: bytes) -> None:
+        try:
+            place = self.topics.parse(topic)
+            if not isinstance(place, FromAgent):
+                return
+            if place.leaf == "d":
+                self.exchange.chunk(place.agent, place.xfer, payload)
+            elif payload:
+                self._hear(place, payload)
+        except BadMessage as error:
+            self.n_bad_messages += 1
+            held = self._complaints(f"bad {topic}", self.clock())
+            if held is not None:
+                extra = {"action": "bad_message", "topic": topic, "more": held}
+                logger.warning("message ignored: %s", error, extra=extra)
+
+    def _hear(self, place: FromAgent, payload: bytes) -> None:
+        envelope, now = intake.decode(place.leaf, payload), self.clock()
+        agent = place.agent
+        match envelope.b:
+            case Progress() as progress:
+                self._heartbeat(agent, envelope.ses, progress, now)
+                return
+            case Grant() as grant:
+                self.exchange.granted(agent, grant)
+                return
+            case Offer() as offer if (agent, offer.blob.xfer) in self._fetching:
+                return  # being pulled already; the journal need not hear of every repetition
+        event = intake.to_event(agent, envelope)
+        if isinstance(event, ev.AgentLeft):
+            self.presence.left(agent)
+        else:
+            self.presence.heard(agent, now)
+        if isinstance(event, ev.AgentJoined):
+            self.exchange.peer_reborn(agent)
+        if event is not None:
+            self.tell(event)
+
+    def _heartbeat(self, agent: str, session: str, progress: Progress, now: float) -> None:
+        self.presence.heard(agent, now, progress)
+        known = self.fleet.state.agents.get(agent)
+        unknown = known is None or not known.online or known.session != session
+        if unknown and self._complaints(f"rebirth {agent}", now) is not None:
+            self.outgoing.say(self.topics.down(agent, "cmd"), Rebirth())
+
+    # ----------------------------------------------------------------------------------------------------------- time
+
+    async def _timer(self) -> None:
+        while True:
+            self._timer_moved.clear()
+            due = [at for at in (self.fleet.wake_at, self.exchange.wake_at) if at is not None]
+            wait_s = min(max(0.0, min(due) - self.clock()), 1.0) if due else 1.0
+            try:
+                await asyncio.wait_for(self._timer_moved.wait(), wait_s)
+            except TimeoutError:
+                self._tick()
+
+    def _tick(self) -> None:
+        now = self.clock()
+        if self.connected and (at := self.exchange.wake_at) is not None and at <= now:
+            self.exchange.tick()
+        if (at := self.fleet.wake_at) is not None and at <= now and self._inbox.empty():
+            self.tell(ev.Tick())
+
+    async def _watch_silence(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.heartbeat_s)
+            if not self.connected:
+                continue  # nobody can be heard; the silence is ours
+            for agent in self.presence.silent(self.clock()):
+                self.presence.left(agent)
+                known = self.fleet.state.agents.get(agent)
+                if known and known.online:
+                    self.tell(ev.AgentLeft(agent=agent, session=known.session, reason="silent: no heartbeat"))
+
+    # -------------------------------------------------------------------------------------------------------- the web
+
+    def status(self) -> str:
+        """One line for people."""
+        active = [s for s in self.fleet.state.jobs.values() if s.phase not in ENDED]
+        online = sum(a.online for a in self.fleet.state.agents.values())
+        jobs = "; ".join(f"{s.spec.job.name}: {plans.phase_text(s)}" for s in active) or "no active job"
+        return f"{online} agents online; {jobs}" + ("" if self.connected else f"; no broker: {self.bus_fault}")

@@ -1,0 +1,290 @@
+"""The HTTP API: views of the coordinator as JSON, jobs in, adapters out, a stream of events.
+
+Loopback unless told otherwise, and a public address demands a token (coordinator/access.py).  An answer is JSON, an error
+{"error": "what to do next"}, and the trace of a fault of ours stays in our log.
+
+    GET  /v1/health                                        needs no token
+    GET  /v1/fleet  /v1/agents  /v1/jobs  /v1/jobs/{name}  /v1/jobs/{name}/versions
+    POST /v1/jobs                                          a job file; 201, 409 for a name that is taken
+    POST /v1/jobs/{name}/cancel
+    GET  /v1/jobs/{name}/adapter?version=N                 a tar of the PEFT folder
+    GET  /v1/events                                        server-sent events, see coordinator/feed.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any, Final
+
+import msgspec
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from coordinator import views
+from coordinator.access import HEALTH, TokenMiddleware, read_token
+from coordinator.config import Web
+from coordinator.core.events import JobCancelled
+from coordinator.core.state import ENDED, JobState
+from coordinator.exporting import pick
+from coordinator.feed import Feed
+from coordinator.submission import Taken, parse_job, submit
+from coordinator.tarball import adapter_tar
+from coordinator.work import SOFTWARE
+from protocol.errors import BadConfig, OutsideFault, Unavailable
+from protocol.files import replacing
+
+if TYPE_CHECKING:
+    from coordinator.daemon import Coordinator
+
+MAX_JOB_BYTES: Final = 2**20
+STOP_S: Final = 2
+READ_BYTES: Final = 2**18
+
+logger = logging.getLogger(__name__)
+
+
+# ------------------------------------------------------------------------------------------------------------- answers
+
+
+def answer(body: object, status: int = 200) -> Response:
+    """A Struct (or a list or dict) as JSON."""
+    return Response(msgspec.json.encode(body), status, media_type="application/json")
+
+
+def _refuse(_request: Request, error: Exception) -> Response:
+    match error:
+        case HTTPException(status_code=status, detail=detail):
+            return answer({"error": detail}, status)
+        case Taken():
+            return answer({"error": str(error)}, 409)
+        case BadConfig():
+            return answer({"error": str(error)}, 422)
+        case OutsideFault() | OSError():
+            logger.error("%s", error, extra={"action": "api_failed"})
+            return answer({"error": str(error)}, 503)
+    return answer({"error": "a fault of the coordinator's own: its log says more"}, 500)
+
+
+class Api:
+    """The endpoints over one coordinator."""
+
+    def __init__(self, coordinator: Coordinator, feed: Feed) -> None:
+        self._coordinator, self._feed = coordinator, feed
+        self._exporting = asyncio.Lock()
+
+    def routes(self) -> list[Route]:
+        """Every path with its method."""
+        return [
+            Route(HEALTH, self.health),
+            Route("/v1/fleet", self.fleet),
+            Route("/v1/agents", self.agents),
+            Route("/v1/events", self.events),
+            Route("/v1/jobs", self.jobs, methods=["GET"]),
+            Route("/v1/jobs", self.submit, methods=["POST"]),
+            Route("/v1/jobs/{name}", self.job),
+            Route("/v1/jobs/{name}/cancel", self.cancel, methods=["POST"]),
+            Route("/v1/jobs/{name}/versions", self.versions),
+            Route("/v1/jobs/{name}/adapter", self.adapter),
+        ]
+
+    async def health(self, _request: Request) -> Response:
+        """The process answers."""
+        return answer({"status": "ok", "software": SOFTWARE})
+
+    async def fleet(self, _request: Request) -> Response:
+        """See views.FleetView."""
+        return answer(views.fleet_view(self._coordinator))
+
+    async def agents(self, _request: Request) -> Response:
+        """A list of views.AgentView."""
+        return answer(views.agent_views(self._coordinator.fleet.state.agents, self._coordinator.presence))
+
+    async def jobs(self, _request: Request) -> Response:
+        """A list of views.JobShort."""
+        return answer([views.job_short(job) for job in self._coordinator.fleet.state.jobs.values()])
+
+    async def events(self, _request: Request) -> Response:
+        """News as server-sent events, for as long as somebody reads them."""
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        return StreamingResponse(self._feed.stream(), media_type="text/event-stream", headers=headers)
+
+    async def job(self, request: Request) -> Response:
+        """See views.JobView."""
+        name = self._job(request).spec.job.name
+        store = self._coordinator.store
+        rounds = await asyncio.to_thread(store.rounds, name)
+        versions = await asyncio.to_thread(store.versions, name)
+        view = views.job_view(
+            self._coordinator.fleet.state.jobs[name],
+            rounds,
+            versions,
+            presence=self._coordinator.presence,
+            remaining=self._coordinator.exchange.receiving.remaining,
+            now=self._coordinator.clock(),
+        )
+        return answer(view)
+
+    async def versions(self, request: Request) -> Response:
+        """A list of views.VersionView, oldest first."""
+        job = self._job(request)
+        store, name = self._coordinator.store, job.spec.job.name
+        rounds = await asyncio.to_thread(store.rounds, name)
+        return answer(views.version_views(store.versions(name), views.evaluations(rounds, job.round)))
+
+    async def submit(self, request: Request) -> Response:
+        """Take a job file; durable when this answers."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip()
+        if kind != "application/toml":
+            raise HTTPException(415, f"a job is TOML: send it as application/toml, not as {kind or 'nothing'}")
+        try:
+            text = (await _body(request)).decode()
+        except UnicodeDecodeError as error:
+            raise HTTPException(400, f"the job file is not UTF-8: {error}") from None
+        spec = parse_job(text, "job file", self._coordinator.config.allow_methods)
+        await submit(self._coordinator, spec)
+        return answer({"name": spec.job.name}, 201)
+
+    async def cancel(self, request: Request) -> Response:
+        """End a job; its finished versions stay."""
+        job = self._job(request)
+        if job.phase in ENDED:
+            raise HTTPException(409, f"job {job.spec.job.name!r} has ended already: {job.phase}")
+        await self._coordinator.post(JobCancelled(job=job.spec.job.name))
+        return answer(views.job_short(self._job(request)))
+
+    async def adapter(self, request: Request) -> Response:
+        """One version (the newest, if none is named) as a tar of a PEFT folder."""
+        job = self._job(request)
+        name, store = job.spec.job.name, self._coordinator.store
+        wanted = request.query_params.get("version")
+        if wanted is not None and not (wanted.isascii() and wanted.isdigit() and len(wanted) <= 9):
+            raise HTTPException(400, f"version={wanted[:40]!r} is not a number")
+        try:
+            version = pick(store.versions(name), int(wanted) if wanted else None)
+        except BadConfig as error:
+            raise HTTPException(404, str(error)) from None
+        rounds = await asyncio.to_thread(store.rounds, name)
+        async with self._exporting:  # each takes the whole adapter's memory
+            tar = await asyncio.to_thread(
+                adapter_tar, job, version, rounds, self._coordinator.blobs, self._coordinator.folder, SOFTWARE
+            )
+        headers = {
+            "content-length": str(os.fstat(tar.fileno()).st_size),
+            "content-disposition": f'attachment; filename="{name}-v{version.version}.tar"',
+            "fedpipe-version": str(version.version),
+        }
+        return StreamingResponse(_blocks(tar), media_type="application/x-tar", headers=headers)
+
+    def _job(self, request: Request) -> JobState:
+        name = str(request.path_params["name"])
+        job = self._coordinator.fleet.state.jobs.get(name)
+        if job is None:
+            raise HTTPException(404, f"there is no job {name[:80]!r}: /v1/jobs (or fedpipe jobs) lists them")
+        return job
+
+
+def _blocks(file: IO[bytes]) -> Iterator[bytes]:
+    with file:
+        while block := file.read(READ_BYTES):
+            yield block
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_JOB_BYTES:
+            raise HTTPException(413, f"a job file has at most {MAX_JOB_BYTES} bytes")
+    return bytes(body)
+
+
+# -------------------------------------------------------------------------------------------------------------- server
+
+
+def api(coordinator: Coordinator, feed: Feed, token: str = "") -> Starlette:
+    """The ASGI application."""
+    handlers: dict[Any, Any] = dict.fromkeys((HTTPException, OutsideFault, OSError, Exception), _refuse)
+    return Starlette(
+        routes=Api(coordinator, feed).routes(),
+        middleware=[Middleware(TokenMiddleware, token=token)],
+        exception_handlers=handlers,
+    )
+
+
+def listen(config: Web) -> socket.socket:
+    """The listening socket.  Raises Unavailable when the address cannot be had."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        return socket.create_server((config.host, config.port), family=family)
+    except OSError as error:
+        raise Unavailable(
+            f"the API cannot listen on {config.host} port {config.port} ({error.strerror or error}): "
+            "stop what uses it, or choose another web.port (0 takes a free one)"
+        ) from None
+
+
+def url_of(listening: socket.socket) -> str:
+    """Where the API is reached from this machine."""
+    host, port = listening.getsockname()[:2]
+    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    return f"http://[{loopback}]:{port}" if ":" in loopback else f"http://{loopback}:{port}"
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to the daemon."""
+        yield
+
+
+async def serve(coordinator: Coordinator, listening: socket.socket, token: str = "") -> None:
+    """Answer requests until cancelled; then end the streams and let running answers finish for STOP_S."""
+    feed = Feed(coordinator)
+    server = _Server(
+        uvicorn.Config(
+            api(coordinator, feed, token),
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            ws="none",
+            timeout_graceful_shutdown=STOP_S,
+        )
+    )
+    serving = asyncio.create_task(server.serve([listening]), name="uvicorn")
+    try:
+        await asyncio.shield(serving)
+    finally:
+        feed.close()
+        server.should_exit = True
+        await serving
+
+
+async def serve_api(coordinator: Coordinator) -> None:
+    """The API where the configuration wants it; its place is written to `state_dir/api.json` for those who must find it.
+
+    Raises BadConfig for a public address without a token, Unavailable when the address is in use.
+    """
+    config, place = coordinator.config.web, coordinator.folder / "api.json"
+    token = read_token(config)
+    listening = listen(config)
+    url = url_of(listening)
+    with replacing(place) as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(msgspec.json.encode({"url": url, "pid": os.getpid()}) + b"\n")
+    logger.info("API at %s", url, extra={"action": "api_up", "token": bool(token)})
+    try:
+        await serve(coordinator, listening, token)
+    finally:
+        place.unlink(missing_ok=True)

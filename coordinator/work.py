@@ -1,0 +1,116 @@
+"""Slow work of the coordinator, off its consumer: planning, checking updates, aggregating, exporting.
+
+Each piece ends in exactly one event, whatever happens, so the core never waits for a call that does not come back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from coordinator import folding
+from coordinator.config import CoordinatorConfig
+from coordinator.core import actions as act
+from coordinator.core import events as ev
+from coordinator.core.state import JobState
+from coordinator.exporting import export_version, pick
+from coordinator.planner import fixed
+from coordinator.store import Store, Version
+from protocol import methods
+from protocol.blobs import Blobs
+from protocol.errors import BadConfig, BadUpdate, OutsideFault, Unavailable
+from protocol.updates import open_update
+
+SOFTWARE: Final = "fedpipe 0.1.0"
+RETRY_S: Final = 15.0
+"""Between two tries of what the disk refused."""
+
+logger = logging.getLogger(__name__)
+
+
+class Work:
+    """The slow jobs over one store and one folder of blobs."""
+
+    def __init__(self, config: CoordinatorConfig, store: Store, blobs: Blobs, clock: Callable[[], float]) -> None:
+        self._config, self._store, self._blobs, self._clock = config, store, blobs, clock
+
+    def plan(self, wish: act.MakePlan, job: JobState) -> ev.PlanReady | ev.PlanFailed:
+        """Who trains what."""
+        asked = {"job": wish.job, "round": wish.round, "attempt": wish.attempt}
+        try:
+            choices = {agent: fixed.choose(job.spec, agent, job.matrices) for agent in wish.agents}
+        except BadConfig as error:
+            return ev.PlanFailed(reason=str(error), **asked)  # type: ignore[arg-type]
+        return ev.PlanReady(choices=choices, **asked)  # type: ignore[arg-type]
+
+    async def fold(self, wish: act.Aggregate) -> ev.Aggregated | ev.AggregateFailed:
+        """The next version, stored.  A full disk is waited out; whatever else goes wrong is the end of the job."""
+        while True:
+            try:
+                chunk, allowed = self._config.broker.chunk_bytes, self._config.allow_methods
+                done = await asyncio.to_thread(folding.fold, wish, self._blobs, chunk, allowed)
+                self._store.add_version(
+                    Version(
+                        job=done.job,
+                        version=done.version,
+                        round=done.round,
+                        master=done.master,
+                        model=done.model,
+                        dropped_ratio=done.dropped_ratio,
+                        at=self._clock(),
+                    )
+                )
+            except (Unavailable, OSError) as error:
+                logger.error("cannot store the next version: %s", error, extra={"action": "disk", "job": wish.job})
+                await asyncio.sleep(RETRY_S)
+            except OutsideFault as error:
+                return ev.AggregateFailed(job=wish.job, round=wish.round, attempt=wish.attempt, reason=str(error))
+            else:
+                return done
+
+    def forget_updates(self, wish: act.Aggregate) -> None:
+        """Delete updates whose aggregate is journalled."""
+        for contribution in wish.contributions:
+            self._blobs.delete(contribution.sha256)
+
+    async def judge(self, wish: act.Fetch, kind: str) -> ev.UpdateStored | ev.UpdateSpoiled:
+        """Whether a complete update fits its plan; it counts only then."""
+        try:
+            await asyncio.to_thread(self._check, wish, kind)
+        except (BadUpdate, OSError) as error:
+            self._blobs.delete(wish.offer.blob.sha256)
+            return ev.UpdateSpoiled(agent=wish.agent, offer=wish.offer, reason=f"bad update: {error}")
+        return ev.UpdateStored(agent=wish.agent, offer=wish.offer)
+
+    def _check(self, wish: act.Fetch, kind: str) -> None:
+        offer = wish.offer
+        if offer.kind != kind:
+            raise BadUpdate(f"an update of kind {offer.kind!r} where {kind!r} was planned")
+        update = open_update(
+            self._blobs.path(offer.blob.sha256),
+            kind,
+            job=offer.job,
+            round=offer.round,
+            attempt=offer.attempt,
+            max_bytes=offer.blob.size,
+        )
+        update.check(wish.ranks, {m.name: (m.d_out, m.d_in) for m in wish.matrices})
+        update.check_values()
+
+    def kind_of(self, job: JobState) -> str:
+        """The kind of update that a job's method passes."""
+        return methods.load(job.spec.job.method, self._config.allow_methods).kind
+
+    async def export(self, job: JobState, folder: Path) -> None:
+        """Write a job's newest version as a PEFT directory; a job without any leaves none."""
+        name = job.spec.job.name
+        versions, rounds = self._store.versions(name), self._store.rounds(name)
+        if not versions:
+            return
+        try:
+            await asyncio.to_thread(export_version, job, pick(versions, None), rounds, self._blobs, folder, SOFTWARE)
+        except (OutsideFault, OSError) as error:
+            logger.error("not exported: %s", error, extra={"action": "export_failed", "job": name})

@@ -1,0 +1,135 @@
+"""What each agent would reach without the federation: the same steps, on its own text only, scored on everybody's.
+
+The comparison that a federation has to win.  It runs the agents' own trainer in the agents' own training child, with the
+same base, ranks, bits, batch and number of steps; only the aggregation is missing.  Possible here because the demo's data lie
+on one machine; a real fleet never could.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import msgspec
+
+from agent.child import Evaluated, Event, Failed, Stepped, Surveyed, TrainTask
+from agent.data import DataConfig
+from agent.supervisor import ChildConfig, Supervisor
+from coordinator.core.spec import JobSpec
+from coordinator.planner.fixed import choose
+from protocol.adapters import canonical
+from protocol.errors import Unavailable
+from protocol.messages import Base, Evaluation, Matrix, Plan, Training
+from protocol.models import write_model
+from protocol.updates import open_update
+
+Step = Callable[[str, int, int], None]
+"""Hears (agent, steps done, steps wanted)."""
+
+HOUR_S = 3600.0
+
+
+class Alone(msgspec.Struct, frozen=True, kw_only=True):
+    """One agent trained by itself: held-out loss per agent's text."""
+
+    agent: str
+    losses: dict[str, float]
+
+    @property
+    def mean(self) -> float:
+        """Mean over all agents' held-out text."""
+        return sum(self.losses.values()) / len(self.losses)
+
+
+async def train_alone(
+    spec: JobSpec, base: Path, data: Mapping[str, DataConfig], folder: Path, heard: Step, *, n_parallel: int = 2
+) -> list[Alone]:
+    """Train every agent by itself, `n_parallel` at a time.  Raises Unavailable when a training fails."""
+    slots = asyncio.Semaphore(n_parallel)
+
+    async def one(agent: str) -> Alone:
+        async with slots:
+            return await _one(spec, base, data, agent, folder / agent, heard)
+
+    return list(await asyncio.gather(*(one(agent) for agent in data)))
+
+
+async def _one(
+    spec: JobSpec, base: Path, data: Mapping[str, DataConfig], agent: str, folder: Path, heard: Step
+) -> Alone:
+    folder.mkdir(parents=True, exist_ok=True)
+    supervisor = Supervisor(ChildConfig(threads=1), log=folder / "training.log")
+    update, model = folder / "alone.update", folder / "alone.model"
+
+    async def run(plan: Plan, of: str, model_file: str | None = None) -> list[Event]:
+        events: list[Event] = []
+
+        def on_event(event: Event) -> None:
+            events.append(event)
+            if isinstance(event, Stepped) and plan.purpose == "train":
+                heard(agent, event.step, event.n_steps)
+
+        task = TrainTask(plan=plan, base_folder=str(base), data=data[of], model_file=model_file, out_file=str(update))
+        ending = await supervisor.run(task, on_event)
+        if isinstance(ending, Failed):
+            raise Unavailable(
+                f"training {agent} alone failed: {ending.reason} {ending.detail}; see {folder}/training.log"
+            )
+        return events
+
+    try:
+        surveyed = await run(_plan(spec, agent, "survey", []), agent)
+        matrices = next(e.result.matrices for e in surveyed if isinstance(e, Surveyed))
+        plan = _plan(spec, agent, "train", matrices)
+        await run(plan, agent)
+        found = open_update(update, "lora", job=plan.job, round=plan.round, attempt=0, max_bytes=2**40)
+        adapter = {name: canonical(found.factors(name)) for name in found.ranks}
+        write_model(model, adapter, version=1, dtype="fp32")
+        losses = {}
+        for other in data:
+            events = await run(_plan(spec, agent, "evaluate", matrices), other, str(model))
+            losses[other] = next(e.result.loss for e in events if isinstance(e, Evaluated))
+    finally:
+        await supervisor.aclose()
+    return Alone(agent=agent, losses=losses)
+
+
+def _plan(spec: JobSpec, agent: str, purpose: str, matrices: list[Matrix]) -> Plan:
+    """The agent's plan for all rounds at once, or for an evaluation of what came of it."""
+    trains = purpose == "train"
+    choice = choose(spec, agent, matrices) if matrices else None
+    training = spec.train
+    return Plan(
+        job="alone",
+        round=1,
+        attempt=0,
+        purpose=purpose,  # type: ignore[arg-type]
+        method=spec.job.method,
+        base=Base(source=spec.model.source),
+        held_out_ratio=spec.evaluate.held_out_ratio,
+        data_seed=spec.job.seed,
+        bits=choice.bits if choice else spec.adapter.bits,
+        version=0 if trains else 1,
+        ranks=choice.ranks if choice and trains else {},
+        alpha=spec.adapter.alpha,
+        train=Training(
+            n_steps=choice.n_steps * spec.round.n_rounds,
+            batch=choice.batch,
+            accumulation=choice.accumulation,
+            learning_rate=training.learning_rate,
+            weight_decay=training.weight_decay,
+            max_gradient_norm=training.max_gradient_norm,
+            warmup_steps=training.warmup_steps,
+            max_tokens=training.max_tokens,
+            packing=training.packing,
+            seed=spec.job.seed,
+        )
+        if choice and trains
+        else None,
+        evaluate=None if trains else Evaluation(max_samples=spec.evaluate.max_samples),
+        update_dtype="fp32",
+        issued_at=0.0,
+        stop_after_s=HOUR_S,
+        ttl_s=HOUR_S,
+    )

@@ -1,0 +1,178 @@
+"""The coordinator's HTTP API from Python: typed answers, and errors that say what to do next.
+
+with Coordinator("http://127.0.0.1:8470") as coordinator:
+    name = coordinator.submit(Path("job.toml").read_text())
+    for item in coordinator.events(): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self, TypeVar
+from urllib.parse import quote
+
+import httpx
+import msgspec
+
+from coordinator.feed import STILL_HERE_S, AnyNews
+from coordinator.views import AgentView, FleetView, JobShort, JobView, VersionView
+from protocol.errors import BadConfig, OutsideFault, Unavailable
+
+DEFAULT_URL: Final = "http://127.0.0.1:8470"
+TIMEOUT_S: Final = 30.0
+
+T = TypeVar("T")
+
+
+class _Error(msgspec.Struct):
+    error: str
+
+
+class _Named(msgspec.Struct):
+    name: str
+
+
+class Coordinator:
+    """One coordinator at `url`; `token_file` holds the bearer token if it wants one.  Not for use by several threads.
+
+    Every method raises Unavailable when the coordinator cannot be reached or cannot answer now, and BadConfig, with the
+    coordinator's own text, when it does not accept what was asked.
+    """
+
+    def __init__(self, url: str = DEFAULT_URL, token_file: Path | None = None) -> None:
+        self.url = url.rstrip("/")
+        headers = {"authorization": f"Bearer {_token(token_file)}"} if token_file else {}
+        try:
+            host = httpx.URL(url).host
+            self._http = httpx.Client(
+                base_url=self.url,
+                headers=headers,
+                timeout=TIMEOUT_S,
+                trust_env=host not in {"127.0.0.1", "localhost", "::1"},  # a proxy cannot reach our loopback
+            )
+        except (httpx.InvalidURL, ValueError) as error:
+            raise BadConfig(f"{url!r} is not a url ({error}): write it as {DEFAULT_URL}") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    # --------------------------------------------------------------------------------------------------------- views
+
+    def fleet(self) -> FleetView:
+        """Everything at a glance."""
+        return self._get("/v1/fleet", FleetView)
+
+    def agents(self) -> list[AgentView]:
+        """All agents that were ever seen."""
+        return self._get("/v1/agents", list[AgentView])
+
+    def jobs(self) -> list[JobShort]:
+        """All jobs, oldest first."""
+        return self._get("/v1/jobs", list[JobShort])
+
+    def job(self, name: str) -> JobView:
+        """One job with its history."""
+        return self._get(f"/v1/jobs/{_part(name)}", JobView)
+
+    def versions(self, name: str) -> list[VersionView]:
+        """All versions of a job's adapter, oldest first."""
+        return self._get(f"/v1/jobs/{_part(name)}/versions", list[VersionView])
+
+    def events(self) -> Iterator[AnyNews]:
+        """News as they come, until the coordinator stops; news of a kind that this version does not know are left out."""
+        timeout = httpx.Timeout(TIMEOUT_S, read=2 * STILL_HERE_S)
+        with self._answer("GET", "/v1/events", timeout=timeout) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: "):
+                    try:
+                        yield msgspec.json.decode(line[6:], type=AnyNews)
+                    except msgspec.ValidationError:
+                        continue
+
+    # ------------------------------------------------------------------------------------------------------- actions
+
+    def submit(self, text: str) -> str:
+        """Hand in a job file's text; the job's name.  The job is durable when this returns."""
+        headers = {"content-type": "application/toml"}
+        with self._answer("POST", "/v1/jobs", content=text.encode(), headers=headers) as response:
+            return _decoded(response, _Named).name
+
+    def cancel(self, name: str) -> JobShort:
+        """End a job; its finished versions stay."""
+        with self._answer("POST", f"/v1/jobs/{_part(name)}/cancel") as response:
+            return _decoded(response, JobShort)
+
+    def adapter(self, name: str, version: int | None, into: Path) -> int:
+        """Download one version (None: the newest) as a tar of its PEFT folder to the file `into`; which version it is."""
+        query = {} if version is None else {"version": str(version)}
+        path = f"/v1/jobs/{_part(name)}/adapter"
+        with self._answer("GET", path, params=query) as response, into.open("wb") as file:
+            for block in response.iter_bytes():
+                file.write(block)
+            return int(response.headers.get("fedpipe-version", "0"))
+
+    # ------------------------------------------------------------------------------------------------------ plumbing
+
+    def _get(self, path: str, kind: type[T]) -> T:
+        with self._answer("GET", path) as response:
+            return _decoded(response, kind)
+
+    @contextmanager
+    def _answer(self, method: str, path: str, **request: object) -> Iterator[httpx.Response]:
+        try:
+            with self._http.stream(method, path, **request) as response:  # type: ignore[arg-type]
+                if response.status_code >= 300:
+                    raise _fault(response)
+                yield response
+        except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+            raise BadConfig(f"{self.url!r} is not a url ({error}): write it as {DEFAULT_URL}") from None
+        except httpx.ConnectError as error:
+            raise Unavailable(
+                f"no coordinator at {self.url} ({error}): start one (fedpipe-coordinator run), "
+                "or say where it is with --url or FEDPIPE_URL"
+            ) from None
+        except httpx.HTTPError as error:
+            raise Unavailable(
+                f"the coordinator at {self.url} does not answer ({type(error).__name__}): look at its log, then try again"
+            ) from None
+
+
+def _part(name: str) -> str:
+    return quote(name, safe="")
+
+
+def _token(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadConfig(f"token file {file} cannot be read: {error}") from None
+
+
+def _fault(response: httpx.Response) -> OutsideFault:
+    """The coordinator's own text, as the family it belongs to."""
+    try:
+        text = msgspec.json.decode(response.read(), type=_Error).error
+    except msgspec.MsgspecError:
+        return Unavailable(f"{response.url} answers {response.status_code}, but not as a coordinator: check --url")
+    return Unavailable(text) if response.status_code >= 500 else BadConfig(text)
+
+
+def _decoded(response: httpx.Response, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(response.read(), type=kind)
+    except msgspec.MsgspecError as error:
+        raise Unavailable(
+            f"{response.url} does not answer as this version expects ({error}): install the coordinator's version"
+        ) from None

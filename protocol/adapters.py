@@ -1,0 +1,122 @@
+"""Low-rank adapters as values: what is trained, sent, summed and merged is one map from matrix name to two factors.
+
+    delta of matrix k  =  B A,     A (r, d_in),  B (d_out, r)          the LoRA scale alpha / r is folded into B
+
+Many pairs have the same product, so we keep one: the canonical form B = U sqrt(S), A = sqrt(S) V^T of the singular value
+decomposition, components in descending order.  Then the first r components are the best rank-r approximation (Eckart and
+Young, 1936): cutting a model down for a smaller agent is taking a prefix, in memory and in the file.
+
+The d_out x d_in product is never formed.  With thin QR decompositions B = Q_B R_B and A^T = Q_A R_A,
+
+    B A = Q_B (R_B R_A^T) Q_A^T,     and only the small core R_B R_A^T needs an SVD.
+
+Everything here runs in float64: same input, same machine and same number of BLAS threads give the same bits.  The sign of a
+component, which an SVD leaves open, is fixed by making the largest entry of its column of U positive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from protocol.tensors import F32
+
+F64 = npt.NDArray[np.float64]
+
+NOISE: Final = float(np.finfo(np.float32).eps)
+"""Components this much smaller than the largest lie below what float32 factors can express: they are dropped."""
+
+ROUNDING: Final = 64 * float(np.finfo(np.float64).eps)
+"""Components this much smaller than the terms of a sum are what rounding leaves where the terms cancel: dropped too."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factors:
+    """One matrix's low-rank delta B A.  Shapes: a (r, d_in), b (d_out, r), float32; r = 0 stands for a zero delta."""
+
+    a: F32
+    b: F32
+
+    def __post_init__(self) -> None:
+        if self.a.ndim != 2 or self.b.ndim != 2 or self.a.shape[0] != self.b.shape[1]:
+            raise ValueError(f"A {self.a.shape} and B {self.b.shape} do not multiply")
+        if self.a.dtype != np.float32 or self.b.dtype != np.float32:
+            raise ValueError(f"factors are float32, not {self.a.dtype} and {self.b.dtype}")
+
+    @property
+    def rank(self) -> int:
+        """Number of components."""
+        return int(self.a.shape[0])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of the matrix it belongs to."""
+        return int(self.b.shape[0]), int(self.a.shape[1])
+
+    def norm(self) -> float:
+        """Frobenius norm of B A, from the two r x r Gram matrices.  Cost: O((d_in + d_out) r^2)."""
+        a, b = self.a.astype(np.float64), self.b.astype(np.float64)
+        return float(np.sqrt(max(0.0, float(np.sum((b.T @ b) * (a @ a.T))))))
+
+
+Adapter: TypeAlias = dict[str, Factors]
+"""Deltas by full module name, such as `model.layers.0.self_attn.q_proj`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Principal:
+    """Leading components of a product, in canonical form.  Shapes: a (r, d_in), b (d_out, r), singular values (R,)."""
+
+    a: F64
+    b: F64
+    singular: F64
+
+    @property
+    def dropped_energy(self) -> float:
+        """Squared Frobenius norm of what was cut away; the relative squared error is this over `energy`."""
+        return float(np.sum(self.singular[self.a.shape[0] :] ** 2))
+
+    @property
+    def energy(self) -> float:
+        """Squared Frobenius norm of the whole product."""
+        return float(np.sum(self.singular**2))
+
+    def to_factors(self) -> Factors:
+        """The same in float32; values beyond its range become infinities, which the caller must look for."""
+        with np.errstate(over="ignore"):
+            return Factors(a=self.a.astype(np.float32), b=self.b.astype(np.float32))
+
+
+def principal(b: F64, a: F64, rank: int) -> Principal:
+    """The best approximation of B A with at most `rank` components, in canonical form.
+
+    Shapes: b (d_out, R), a (R, d_in), any R, also above d_out or d_in.  Cost: O((d_in + d_out) R^2 + R^3) time and about
+    four times the size of the input in memory.
+    """
+    if 0 in {a.shape[0], *b.shape, *a.shape}:
+        return Principal(a=a[:0], b=b[:, :0], singular=np.zeros(0))
+    q_b, r_b = np.linalg.qr(b)  # (d_out, m), (m, R)
+    q_a, r_a = np.linalg.qr(a.T)  # (d_in, n), (n, R)
+    u, s, vt = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    total = float(np.linalg.norm(b, axis=0) @ np.linalg.norm(a, axis=1))  # the norm if nothing cancelled
+    kept = min(rank, int(np.count_nonzero(s > max(s[0] * NOISE, total * ROUNDING))))
+    root = np.sqrt(s[:kept])
+    left = q_b @ u[:, :kept]  # (d_out, kept)
+    right = vt[:kept] @ q_a.T  # (kept, d_in)
+    peaks = left[np.argmax(np.abs(left), axis=0), np.arange(kept)]
+    sign = np.where(peaks < 0, -1.0, 1.0)
+    return Principal(b=left * (sign * root), a=right * (sign * root)[:, None], singular=s)
+
+
+def canonical(factors: Factors, rank: int | None = None) -> Factors:
+    """The same product in canonical form, cut to the best `rank` components if given; numerically void ones are dropped."""
+    whole = factors.rank if rank is None else rank
+    return principal(factors.b.astype(np.float64), factors.a.astype(np.float64), whole).to_factors()
+
+
+def truncate(factors: Factors, rank: int) -> Factors:
+    """The first `rank` components, as views: of factors in canonical form the best approximation of that rank."""
+    return Factors(a=factors.a[:rank], b=factors.b[:, :rank])

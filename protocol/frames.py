@@ -1,0 +1,65 @@
+"""Chunks: how a blob is cut, and the frames that carry the pieces, at 12 bytes each and without msgpack around them.
+
+    magic "fp" | version u8 | 0 | index u32 | bytes ... | crc32c u32 little-endian
+
+The transfer is named by the topic.  The checksum covers everything before it and comes last, little-endian, because a CRC
+over data followed by its own CRC is a constant: the receiver checks the payload it was given, in place, and copies nothing.
+It guards against a broken relay, disk or memory; against malice there is the digest of the whole blob.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+import google_crc32c
+
+from protocol.errors import BadMessage
+from protocol.messages import Blob
+
+FRAME_VERSION: Final = 1
+MAX_DATA_BYTES: Final = 4 * 2**20
+MAX_CHUNKS: Final = 2**20
+"""A blob of more chunks is refused: its book-keeping alone would be a megabyte."""
+OVERHEAD_BYTES: Final = 12
+"""What a frame adds to its chunk: a chunk must stay this far, and the topic's length, below the broker's packet limit."""
+
+_MAGIC = b"fp"
+_HEADER = struct.Struct(">2sBxI")
+_TRAILER = struct.Struct("<I")
+_RESIDUE = 0x48674BC7  # crc32c(x + little-endian crc32c(x)) for every x
+
+
+def encode_frame(index: int, data: bytes) -> bytes:
+    """One chunk as it goes over the bus; one copy of `data`.  `data` is 1 byte to 4 MiB, `index` fits 32 bits."""
+    assert 0 < len(data) <= MAX_DATA_BYTES, "a chunk is never empty nor above 4 MiB"
+    header = _HEADER.pack(_MAGIC, FRAME_VERSION, index)
+    crc: int = google_crc32c.extend(google_crc32c.value(header), data)
+    return b"".join((header, data, _TRAILER.pack(crc)))
+
+
+def decode_frame(payload: bytes) -> tuple[int, memoryview]:
+    """The chunk's index and a view of its bytes inside `payload`.  Raises BadMessage."""
+    if not OVERHEAD_BYTES < len(payload) <= MAX_DATA_BYTES + OVERHEAD_BYTES:
+        raise BadMessage(f"a chunk frame of {len(payload)} bytes: expected {OVERHEAD_BYTES + 1} bytes to 4 MiB")
+    magic, version, index = _HEADER.unpack_from(payload)
+    if magic != _MAGIC:
+        raise BadMessage(f"not a chunk frame: it begins with {magic!r}")
+    if version != FRAME_VERSION:
+        raise BadMessage(f"chunk frame version {version} is not {FRAME_VERSION}: upgrade the older side")
+    if google_crc32c.value(payload) != _RESIDUE:
+        raise BadMessage(f"chunk {index} was damaged on its way: checksum mismatch")
+    return index, memoryview(payload)[_HEADER.size : -_TRAILER.size]
+
+
+def chunk_length(blob: Blob, index: int) -> int:
+    """Bytes of chunk `index`: `blob.chunk`, less for the last.  0 or below: there is no such chunk."""
+    return min(blob.chunk, blob.size - index * blob.chunk)
+
+
+def n_prefix_chunks(blob: Blob, size: int | None = None) -> int:
+    """Chunks that hold the first `size` bytes (None: all).  Raises BadMessage unless 1 <= size <= blob.size."""
+    wanted = blob.size if size is None else size
+    if not 1 <= wanted <= blob.size or blob.n_chunks > MAX_CHUNKS:
+        raise BadMessage(f"cannot take {wanted} bytes of a blob of {blob.size} in {blob.n_chunks} chunks")
+    return -(-wanted // blob.chunk)

@@ -1,0 +1,311 @@
+"""One connection to an MQTT broker, from the first packet to the last, never reused.
+
+aiomqtt's Client gives the loop glue around paho; this class changes what it answers at the places where, measured, messages
+or waits get lost in silence:
+
+- the acknowledgement's reason code is read (aiomqtt drops it, so a denied publish looks like a success);
+- `lost` is the one fact that the connection is over; it carries the reason as words, and every wait for an answer of the
+  broker ends with it (aiomqtt's pending calls run into their timeout instead);
+- a connection that dies before its CONNACK ends the attempt at once;
+- messages go straight to `deliver`, without a second queue;
+- giving up in the middle of connecting leaves nothing behind, although paho connects in a thread that nobody can stop.
+
+A fresh object per connection, because paho would repeat its own unacknowledged messages after a reconnect, beyond the
+broker's Receive Maximum and possibly twice; what must be repeated is the daemon's decision.
+"""
+
+# ruff: noqa: ARG002 - callbacks have the arguments that paho gives
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import ssl
+from collections.abc import Callable
+from typing import Any, Final
+
+import aiomqtt
+from paho.mqtt.client import Client as Paho
+from paho.mqtt.client import ConnectFlags, DisconnectFlags, MQTTMessage
+from paho.mqtt.enums import MQTTErrorCode
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from protocol.bus import MQTT_MAX_PACKET_BYTES, Address, Connected, Denied, NotConnected, Received, TooLarge, Will
+from protocol.mqtt_reasons import TAKEN_OVER, broken, obstacle, parting, refusal, silent
+
+ANSWER_S: Final = 120.0
+"""A broker that answers pings but not, for this long, the question we asked is treated as gone."""
+GOODBYE_S: Final = 3.0
+MAX_INFLIGHT: Final = 20
+FAILURE: Final = 128
+NO_ANSWER: Final = 0
+MAX_INCOMING_BYTES: Final = 4 * 2**20 + 64 * 1024
+"""The largest chunk and its header; an MQTT 5 broker keeps larger packets away from us."""
+UNSENT_BYTES: Final = 256 * 1024
+"""What may lie unsent in the kernel: enough to keep the line busy, little enough that a ping is not late behind it."""
+
+SOCKET_OPTIONS: Final = (
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    *([(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)] if hasattr(socket, "TCP_NOTSENT_LOWAT") else []),
+)
+
+
+class NotWelcome(NotConnected):
+    """The attempt failed.  `code` is the CONNACK's; NO_ANSWER without one; None when there was not even a connection."""
+
+    def __init__(self, text: str, code: int | None) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class Link(aiomqtt.Client):
+    """One connection.  Order of use: `open`, then anything, then `close` in every case."""
+
+    def __init__(
+        self,
+        address: Address,
+        client_id: str,
+        *,
+        version: aiomqtt.ProtocolVersion,
+        username: str,
+        password: str,
+        tls: ssl.SSLContext | None,
+        keepalive_s: int,
+        will: Will | None,
+    ) -> None:
+        self._whisper = _Whisper()
+        properties = None
+        if version is aiomqtt.ProtocolVersion.V5:
+            properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+            properties.MaximumPacketSize = MAX_INCOMING_BYTES
+        super().__init__(
+            address.host,
+            address.port,
+            identifier=client_id,
+            username=username or None,
+            password=password or None,
+            protocol=version,
+            clean_session=None if properties else True,
+            keepalive=keepalive_s,
+            will=aiomqtt.Will(will.topic, will.payload, will.qos, will.retain) if will else None,
+            tls_context=tls,
+            socket_options=SOCKET_OPTIONS,
+            properties=properties,
+            logger=self._whisper,
+        )
+        self.address = address
+        self.version = version
+        self.lost: asyncio.Future[str] = self._loop.create_future()
+        self.deliver: Callable[[Received], object]
+        self._welcome: Connected | None = None
+        self._parting = 0
+        self._answers: dict[int, asyncio.Future[list[int]]] = {}
+        self._abandoned = False
+        # A read or write that raises is reported only there; to take the exception also keeps asyncio from complaining.
+        self._disconnected.add_done_callback(lambda done: self._lose(_broken(self, str(done.exception() or ""))))
+
+    # ------------------------------------------------------------------------------------------ the life of the link
+
+    async def open(self) -> Connected:
+        """Connect and wait for the welcome.  Raises NotWelcome, within 20 s or so after the name is resolved."""
+        try:
+            await super().__aenter__()
+        except aiomqtt.MqttCodeError as error:
+            code = error.rc.value if isinstance(error.rc, ReasonCode) else int(error.rc or 0)
+            raise NotWelcome(refusal(code, str(error.rc), self.address), code) from None
+        except aiomqtt.MqttError as error:
+            if self.lost.done():
+                raise NotWelcome(self.lost.result(), NO_ANSWER) from None
+            if self._client.socket() is not None:
+                raise NotWelcome(silent(self.address, self.timeout), NO_ANSWER) from None
+            raise NotWelcome(obstacle(error.__context__, self.address), None) from None
+        assert self._welcome is not None
+        if self.lost.done():
+            raise NotWelcome(self.lost.result(), NO_ANSWER)
+        return self._welcome
+
+    async def close(self) -> None:
+        """Say goodbye if there is somebody to say it to, then let go of the socket and of the background task."""
+        self._abandoned = True
+        polite = self._welcome is not None and not self.lost.done()
+        if polite and self._client.disconnect() == MQTTErrorCode.MQTT_ERR_SUCCESS:
+            await asyncio.wait({self.lost}, timeout=GOODBYE_S)
+        self._client._sock_close()  # noqa: SLF001 - every public way talks to the broker first
+        self._lose("the bus is closed")
+        if self._misc_task is not None:
+            await asyncio.wait({self._misc_task})
+
+    @property
+    def taken_over(self) -> bool:
+        """Whether the broker said that another client uses our id."""
+        return self._parting == TAKEN_OVER
+
+    def _lose(self, reason: str) -> None:
+        if self.lost.done():
+            return
+        self.lost.set_result(reason)
+        if not self._connected.done():
+            self._connected.set_exception(aiomqtt.MqttError(reason))
+            self._connected.exception()  # nobody may be waiting any more, which asyncio would complain about
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(NotConnected(reason))
+
+    # --------------------------------------------------------------------------------------- questions to the broker
+
+    async def send(self, topic: str, payload: bytes, qos: int, *, retain: bool) -> None:
+        """Publish.  Raises NotConnected, Denied, TooLarge."""
+        assert self._welcome is not None
+        size, limit = _packet_bytes(topic, payload), self._welcome.max_packet_bytes
+        if size > limit:
+            raise TooLarge(
+                f"{size} bytes for {topic}, the broker at {self.address} takes {limit}: lower broker.chunk_bytes"
+            )
+        info = self._client.publish(topic, payload, qos, retain)
+        (code,) = await self._answer(info.rc, info.mid)
+        if code >= FAILURE:
+            raise Denied(f"the broker denied our message to {topic} (code {code}): check its access control", code)
+
+    async def listen(self, filters: list[str]) -> None:
+        """Subscribe at QoS 1.  Raises NotConnected, or Denied for the first filter that was refused."""
+        codes = await self._answer(*self._client.subscribe([(topic, 1) for topic in filters]))
+        for topic, code in zip(filters, codes, strict=True):
+            if code >= FAILURE:
+                raise Denied(f"the broker refuses us {topic} (code {code}): check its access control", code)
+
+    async def ignore(self, filters: list[str]) -> None:
+        """Unsubscribe.  Raises NotConnected."""
+        await self._answer(*self._client.unsubscribe(filters))
+
+    async def _answer(self, rc: MQTTErrorCode, mid: int | None) -> list[int]:
+        """Reason codes of the broker's answer to packet `mid`, or the end of the connection, whichever comes first.
+
+        At QoS 0 the answer is paho's own, once the operating system has taken the last byte.
+        """
+        if self.lost.done():
+            raise NotConnected(self.lost.result())
+        if rc != MQTTErrorCode.MQTT_ERR_SUCCESS or mid is None:
+            raise NotConnected(broken(self.address, welcomed=True, detail=str(rc)))
+        answer: asyncio.Future[list[int]] = self._loop.create_future()
+        self._answers[mid] = answer
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                return await answer
+        except TimeoutError:
+            self._lose(silent(self.address, ANSWER_S))
+            raise NotConnected(self.lost.result()) from None
+        finally:
+            self._answers.pop(mid, None)
+
+    def _answered(self, mid: int, codes: list[int]) -> None:
+        answer = self._answers.get(mid)
+        if answer is not None and not answer.done():
+            answer.set_result(codes)
+
+    # ------------------------------------------------------------------------ what paho calls; the signatures are its own
+
+    def _on_connect(
+        self,
+        client: Paho,
+        userdata: Any,
+        flags: ConnectFlags,
+        reason_code: ReasonCode,
+        properties: Properties | None = None,
+    ) -> None:
+        if not reason_code.is_failure:
+            receive_maximum: int = getattr(properties, "ReceiveMaximum", 65_535)
+            # paho's public setter refuses while connected, but only now the limit is known.
+            client._max_inflight_messages = min(MAX_INFLIGHT, receive_maximum)  # noqa: SLF001
+            self._welcome = Connected(
+                mqtt_version=5 if self.version is aiomqtt.ProtocolVersion.V5 else 4,
+                max_packet_bytes=getattr(properties, "MaximumPacketSize", MQTT_MAX_PACKET_BYTES),
+                receive_maximum=receive_maximum,
+                session_present=flags.session_present,
+            )
+        super()._on_connect(client, userdata, flags, reason_code, properties)
+
+    def _on_disconnect(
+        self,
+        client: Paho,
+        userdata: Any,
+        flags: DisconnectFlags,
+        reason_code: ReasonCode,
+        properties: Properties | None = None,
+    ) -> None:
+        if flags.is_disconnect_packet_from_server:
+            self._parting = reason_code.value
+            self._lose(parting(reason_code.value, str(reason_code), self.address))
+        else:
+            self._lose(_broken(self, self._whisper.last or str(reason_code)))
+        super()._on_disconnect(client, userdata, flags, reason_code, properties)
+
+    def _on_message(self, client: Paho, userdata: Any, message: MQTTMessage) -> None:
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:  # not MQTT: no broker should pass it on, and nobody here could mean it
+            return
+        self.deliver(Received(topic, bytes(message.payload), message.retain))
+
+    def _on_publish(
+        self, _client: Paho, _userdata: Any, mid: int, reason_code: ReasonCode, _properties: Properties
+    ) -> None:
+        self._answered(mid, [reason_code.value])
+
+    def _on_subscribe(
+        self,
+        client: Paho,
+        userdata: Any,
+        mid: int,
+        reason_codes: list[ReasonCode],
+        properties: Properties | None = None,
+    ) -> None:
+        self._answered(mid, [code.value for code in reason_codes])
+
+    _on_unsubscribe = _on_subscribe
+
+    def _on_socket_open(self, client: Paho, userdata: Any, sock: Any) -> None:
+        # In the connecting thread.  Nothing is sent until the loop has taken the socket over.
+        self._loop.call_soon_threadsafe(self._attach, client, userdata, sock)
+
+    def _attach(self, client: Paho, userdata: Any, sock: Any) -> None:
+        if self._abandoned:
+            client._sock_close()  # noqa: SLF001
+        else:
+            super()._on_socket_open(client, userdata, sock)
+
+    def _on_socket_register_write(self, client: Paho, userdata: Any, sock: Any) -> None:
+        self._loop.call_soon_threadsafe(self._watch_writes, client, sock)
+
+    def _watch_writes(self, client: Paho, sock: Any) -> None:
+        if sock.fileno() >= 0:  # it may have been closed meanwhile
+            self._loop.add_writer(sock.fileno(), self._write, client)
+
+    def _write(self, client: Paho) -> None:
+        try:
+            client.loop_write()
+        except Exception as error:  # noqa: BLE001 - whatever it was, this connection cannot be trusted any more
+            self._lose(_broken(self, str(error)))
+
+
+class _Whisper(logging.Logger):
+    """paho's and aiomqtt's log, kept out of ours; the last error is remembered because paho tells it to nobody else."""
+
+    last = ""
+
+    def __init__(self) -> None:
+        super().__init__("mqtt", logging.ERROR)
+
+    def handle(self, record: logging.LogRecord) -> None:
+        self.last = record.getMessage()
+
+
+def _broken(link: Link, detail: str) -> str:
+    return broken(link.address, welcomed=link._welcome is not None, detail=detail)  # noqa: SLF001
+
+
+def _packet_bytes(topic: str, payload: bytes) -> int:
+    """Upper bound of the PUBLISH packet: fixed header 5, topic length 2, packet id 2, properties 1."""
+    return 10 + len(topic.encode()) + len(payload)

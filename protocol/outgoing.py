@@ -1,0 +1,66 @@
+"""Control messages on their way out: wrapped, put in one queue, published in order by one task.
+
+Nobody who decides waits for the network, so saying is enqueueing.  What a lost connection swallows is not kept: both daemons
+say everything that still matters again on the next connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable
+
+from protocol import codec
+from protocol.bus import Bus, BusError, NotConnected, Will
+from protocol.daemon import OncePer
+from protocol.messages import Body
+
+logger = logging.getLogger(__name__)
+
+
+class Outgoing:
+    """What one daemon says, in one session.  `session` (16 hex digits) is new with each process."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.session = secrets.token_hex(8)
+        self._clock = clock
+        self._sent = 0
+        self._queue: asyncio.Queue[tuple[str, bytes, int, bool]] = asyncio.Queue()
+        self._complaints = OncePer()
+
+    def encode(self, body: Body) -> bytes:
+        """A message in its envelope, as bytes."""
+        self._sent += 1
+        return codec.encode(body, session=self.session, seq=self._sent, now=self._clock())
+
+    def will(self, topic: str, body: Body) -> Will:
+        """The words for the case that we vanish."""
+        return Will(topic, self.encode(body))
+
+    def say(self, topic: str, body: Body, *, qos: int = 1, retain: bool = False) -> None:
+        """Publish a message after everything said before."""
+        self._queue.put_nowait((topic, self.encode(body), qos, retain))
+
+    def clear(self, topic: str) -> None:
+        """Remove what is retained on a topic."""
+        self._queue.put_nowait((topic, b"", 1, True))
+
+    async def run(self, bus: Bus) -> None:
+        """Publish what is said, until cancelled."""
+        while True:
+            topic, payload, qos, retain = await self._queue.get()
+            try:
+                await bus.publish(topic, payload, qos=qos, retain=retain)
+            except NotConnected:
+                pass
+            except BusError as error:
+                if self._complaints(topic, self._clock()) is not None:
+                    logger.error("%s", error, extra={"action": "publish_refused", "topic": topic})
+
+    async def goodbye(self, bus: Bus, topic: str, body: Body) -> None:
+        """The last words, retained, past the queue; without a broker nobody hears them."""
+        try:
+            await bus.publish(topic, self.encode(body), retain=True)
+        except BusError as error:
+            logger.debug("goodbye not said", extra={"action": "goodbye_failed", "error": str(error)})

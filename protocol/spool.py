@@ -1,0 +1,167 @@
+"""Unfinished transfers on disk: a partial file and the log of the chunks in it, so that any restart resumes.
+
+The state machines of a transfer do no I/O, the bus carries bytes, and somebody has to hold them in between: this module and
+the store that finished files move to (protocol/blobs.py) are the only ones besides the bus and the daemons' scaffolding that
+touch the outside.
+
+The log instead of a bitmap.  Per chunk it appends eight bytes, index and crc32c of the data.  On resume every logged chunk is
+read back and checked; what does not fit is simply asked for again.  So neither file has to be ahead of the other: killed
+between two writes, or after a power cut that kept the log and lost the data, the worst is one more chunk on the bus.  Hence
+no fsync until the whole is verified, and no loss at all on kill -9.
+
+Files are opened per write: a thousand transfers need no file descriptors, and nothing has to be closed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import google_crc32c
+
+from protocol.bitmap import Bitmap
+from protocol.blobs import Blobs, disk
+from protocol.errors import BadMessage, IllegalMove, Unavailable
+from protocol.frames import chunk_length, n_prefix_chunks
+from protocol.messages import Blob
+from protocol.topics import is_id, is_xfer
+
+_HEADER = struct.Struct(">4s32sQI")  # magic, sha256, size, chunk
+_RECORD = struct.Struct(">II")  # index, crc32c
+_MAGIC: Final = b"fpl1"
+
+
+class Partial:
+    """One unfinished file.  `have` tells which chunks are on disk, and is what a receiver needs to resume.
+
+    Raises Unavailable from any method when the disk refuses; the file then holds what it held before.
+    """
+
+    def __init__(self, blobs: Blobs, blob: Blob, size: int | None, owner: str) -> None:
+        stem = f"{owner}.{blob.xfer}"
+        self.blob = blob
+        self.size = blob.size if size is None else size
+        self.have = Bitmap(n_prefix_chunks(blob, size))
+        self._blobs = blobs
+        self._data = blobs.partial / f"{stem}.data"
+        self._log = blobs.partial / f"{stem}.log"
+        self._log_bytes = 0
+        with disk(blobs.folder):
+            self._resume()
+
+    def write(self, index: int, data: bytes | memoryview) -> bool:
+        """Put a chunk in its place; False if it is there already or beyond the wanted prefix.
+
+        Raises BadMessage for an index or a length that this blob does not have.
+        """
+        if index < 0 or not 0 < len(data) == chunk_length(self.blob, index):
+            raise BadMessage(f"chunk {index} of {len(data)} bytes does not belong to {self.blob.xfer}")
+        if index >= len(self.have) or index in self.have:
+            return False
+        piece = bytes(data[: self._length(index)])
+        record = _RECORD.pack(index, google_crc32c.value(piece))
+        with disk(self._blobs.folder):
+            _write_at(self._data, piece, index * self.blob.chunk)
+            _write_at(self._log, record, self._log_bytes)
+        self._log_bytes += _RECORD.size
+        return self.have.add(index)
+
+    def finish(self, sha256: str | None = None) -> Path:
+        """Verify the digest (of the whole blob unless told), move the file into the store, durably; its path.
+
+        Cost: one read of the file, so call it in a thread.  Raises BadMessage when the digest differs; everything is
+        deleted then, and the transfer may start again.  Raises IllegalMove while chunks are missing.
+        """
+        if not self.have.complete:
+            raise IllegalMove(f"{self.blob.xfer}: finished with {len(self.have) - self.have.count} chunks missing")
+        expected = self.blob.sha256 if sha256 is None else sha256
+        with disk(self._blobs.folder):
+            os.truncate(self._data, self.size)
+            with self._data.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected:
+            self.discard()
+            raise BadMessage(
+                f"{self.blob.xfer} arrived with digest {found[:16]}.. instead of {expected[:16]}..: ask again"
+            )
+        self._blobs.adopt(self._data, found)
+        self._log.unlink(missing_ok=True)
+        return self._blobs.path(found)
+
+    def discard(self) -> None:
+        """Delete everything of this transfer."""
+        self._log.unlink(missing_ok=True)
+        self._data.unlink(missing_ok=True)
+
+    def _length(self, index: int) -> int:
+        return min(chunk_length(self.blob, index), self.size - index * self.blob.chunk)
+
+    def _resume(self) -> None:
+        """Take over what an earlier process left, chunk by chunk as far as it can be proved."""
+        header = _HEADER.pack(_MAGIC, bytes.fromhex(self.blob.sha256), self.blob.size, self.blob.chunk)
+        log = self._log.read_bytes() if self._log.exists() else b""
+        self._log_bytes = _HEADER.size
+        if log[: _HEADER.size] != header:
+            self._data.write_bytes(b"")
+            self._log.write_bytes(header)
+            return
+        self._data.touch()
+        with self._data.open("rb") as file:
+            for index, crc in _records(log[_HEADER.size :]):
+                self._log_bytes += _RECORD.size
+                if index < len(self.have) and index not in self.have:
+                    file.seek(index * self.blob.chunk)
+                    piece = file.read(self._length(index))
+                    if len(piece) == self._length(index) and google_crc32c.value(piece) == crc:
+                        self.have.add(index)
+
+
+class Spool:
+    """Opens partial files next to the store that they end in.  Refuses blobs above `max_bytes`."""
+
+    def __init__(self, blobs: Blobs, *, max_bytes: int = 64 * 2**30) -> None:
+        self.blobs = blobs
+        self.max_bytes = max_bytes
+
+    def open(self, blob: Blob, *, size: int | None = None, owner: str = "self") -> Partial:
+        """The partial file of `blob` (or of its first `size` bytes) from `owner`, resumed if there is one.
+
+        The same content from two owners goes into two files: nobody can spoil another's transfer.  Cost: reads back what
+        is there.  Raises BadMessage for an impossible or too big blob, Unavailable if the disk has no room for the rest.
+        """
+        if not is_xfer(blob.xfer) or not is_id(owner):
+            raise BadMessage(f"no transfer {blob.xfer[:40]!r} of {owner[:80]!r} can be stored")
+        partial_bytes = blob.size if size is None else size
+        if partial_bytes > self.max_bytes:
+            raise BadMessage(f"{blob.xfer} has {partial_bytes} bytes, at most {self.max_bytes} are accepted here")
+        partial = Partial(self.blobs, blob, size, owner)
+        missing_bytes = min(partial_bytes, (len(partial.have) - partial.have.count) * blob.chunk)
+        free_bytes = shutil.disk_usage(self.blobs.folder).free
+        if missing_bytes > free_bytes:
+            raise Unavailable(
+                f"{self.blobs.folder}: {missing_bytes / 1e6:.0f} MB are still to come and {free_bytes / 1e6:.0f} MB are "
+                "free: make room, the transfer resumes then"
+            )
+        return partial
+
+
+def _records(log: bytes) -> Iterator[tuple[int, int]]:
+    """The whole records of a log; a torn last one is not there."""
+    yield from _RECORD.iter_unpack(log[: len(log) - len(log) % _RECORD.size])
+
+
+def _write_at(path: Path, data: bytes, offset: int) -> None:
+    """Write all of `data` at `offset` of an existing file, or raise OSError."""
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        view = memoryview(data)
+        while view:
+            n = os.pwrite(descriptor, view, offset)
+            view, offset = view[n:], offset + n
+    finally:
+        os.close(descriptor)

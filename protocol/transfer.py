@@ -1,0 +1,400 @@
+"""The receiving half of every transfer: who may send how many chunks now, decided without I/O and on a clock that is handed in.
+
+The idea.  A broker acknowledges what it has, not what was delivered; it drops silently once a client's queue is full, and
+nothing in MQTT pushes back from a slow subscriber to a fast publisher.  So nobody pushes bulk here.  The receiver *pulls*: it
+grants credit for named chunks, never more than it has room for, and the sender sends exactly those.
+
+    sender                                  receiver
+      | ---- Offer / Plan: Blob {sha256, size, chunk} ---> |   size and count are judged before any credit is given
+      | <--- Grant {xfer, [(0, 8)]} ---------------------- |   QoS 1
+      | ---- frames 0..7 --------------------------------> |   QoS 0
+      | <--- Grant {xfer, [(8, 4)]} ---------------------- |   once half of the window is used up, so 1 grant per 4 chunks
+      |          ...                                       |   digest of the whole verified, made durable
+      | <--- Done {xfer} --------------------------------- |   only now may the sender forget
+
+Why QoS 0 for chunks.  The credit already says what is missing, so a broker's retry would be a second, worse copy of the same
+memory: QoS 1 persists every chunk, queues it for a dead session and delivers it twice.  At QoS 0 the broker's memory stays
+flat and a lost chunk costs one new grant.
+
+Why identity is the content hash.  Neither a connection nor a process names a transfer, but what is in it.  Whoever restarts
+(agent, coordinator, broker) looks at what lies on its disk under that name and asks for the rest.
+
+What the pool keeps, per transfer: `wanted`, the chunks to ask for, and `out`, those asked for and not here.  A chunk in
+neither is here already.  From this follow the rules:
+
+- At most `window` chunks are out per peer, at most `budget_bytes` over all peers.  The budget, not the number of peers,
+  bounds the broker's and our memory.  It is charged per chunk at the size of a full one.
+- A peer that could use credit stands in one queue, `_hungry`; it is served in turn, by a batch, and goes to the back.  When
+  the budget is used up the queue waits for the next byte that comes free: a chunk, a timeout, a transfer that ends.
+- Time is counted per transfer and only while something is out: any new chunk restarts it, waiting for budget is not the
+  peer's fault.  When it runs out, everything out is wanted again, the peer's window is halved (it grows by one per window
+  that works) and the patience doubles.  `max_tries` of that in a row without a single new chunk: given up, with a reason.
+- A chunk that arrives after its timer is as good as any other: it is taken from `wanted` and never asked for again.
+- Patience follows the pace of the link (four mean gaps between chunks), so that a slow link is not asked for everything twice.
+- A new connection voids all credit (`reset`): what was under way at QoS 0 is gone.
+- A transfer may first listen to a broadcast of its blob: it then gives credit only after `listen_s` of silence.
+
+The shell's duties: write a chunk (Partial.write) before it reports it here; call `tick` only while connected and after its
+own receive queue is empty, or our own slowness would look like the peer's; perform the actions in order.  Every call is O(1)
+up to the credit that it hands out, `tick` is O(log n) per timer; no call depends on the number of chunks or peers.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+
+from protocol.alarms import Alarms
+from protocol.bitmap import Bitmap
+from protocol.errors import BadMessage
+from protocol.frames import chunk_length, n_prefix_chunks
+from protocol.messages import Blob, Grant
+
+MAX_WINDOW: Final = 256
+"""Chunks in flight to one peer; so also the most that one grant may name."""
+
+
+class SendGrant(msgspec.Struct, frozen=True):
+    """Send this credit to `peer` (QoS 1)."""
+
+    peer: str
+    grant: Grant
+
+
+class Completed(msgspec.Struct, frozen=True):
+    """Every wanted byte is here and the transfer is closed; verify the digest, then answer Done or open it afresh."""
+
+    peer: str
+    xfer: str
+
+
+class GaveUp(msgspec.Struct, frozen=True):
+    """Nothing came for too long; the transfer is closed.  What is on disk stays: a later offer resumes there."""
+
+    peer: str
+    xfer: str
+    reason: str
+
+
+Action = SendGrant | Completed | GaveUp
+
+
+@dataclass(slots=True)
+class Counts:
+    """What happened since the start, for metrics: chunks, and what was wrong with those that were not used."""
+
+    n_chunks: int = 0
+    n_bytes: int = 0
+    n_grants: int = 0
+    n_voided: int = 0  # asked for, not here in time (or the bus was reset)
+    n_unasked: int = 0  # used without credit being out: late, or from a broadcast
+    n_unneeded: int = 0  # duplicates, and broadcast chunks beyond a prefix
+    n_stray: int = 0  # of a transfer that is not open
+    n_bad: int = 0  # of impossible index or length
+    n_given_up: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Peer:
+    """One sender: its window, what it owes over all its transfers, and their turn."""
+
+    name: str
+    window: float
+    n_out: int = 0
+    hungry: bool = False  # stands in the queue
+    turn: deque[_Transfer] = field(default_factory=deque)
+
+    def next(self) -> _Transfer | None:
+        """The first in turn that wants credit; it is brought to the front."""
+        for _ in range(len(self.turn)):
+            if self.turn[0].wanted.count and not self.turn[0].listen_s:
+                return self.turn[0]
+            self.turn.rotate(-1)
+        return None
+
+
+@dataclass(slots=True, eq=False)
+class _Transfer:
+    """One blob from one peer: what to ask for, what is out, how patient to be."""
+
+    peer: _Peer
+    blob: Blob
+    size: int | None
+    wanted: Bitmap
+    listen_s: float  # while above 0 a broadcast is awaited and no credit given
+    moved_at: float  # last new chunk, or first credit
+    unit_bytes: int  # what a chunk is charged at
+    out: set[int] = field(default_factory=set)
+    from_index: int = 0  # nothing is wanted below
+    tries: int = 0
+    pace_s: float = 0.0  # mean gap between chunks
+
+
+class Receiving:
+    """All downloads into one receiver: for a coordinator many agents' uploads, for an agent one model from "coordinator".
+
+    Keep `budget_bytes` a few times below what the broker queues for one client (1000 messages, 64 MiB suggested).
+    """
+
+    def __init__(
+        self,
+        *,
+        window: int = 8,
+        budget_bytes: int = 32 * 2**20,
+        timeout_s: float = 5.0,
+        max_timeout_s: float = 60.0,
+        max_tries: int = 8,
+    ) -> None:
+        assert 1 <= window <= MAX_WINDOW
+        assert 0 < timeout_s <= max_timeout_s
+        self.window = window
+        self.budget_bytes = budget_bytes
+        self.timeout_s = timeout_s
+        self.max_timeout_s = max_timeout_s
+        self.max_tries = max_tries
+        self.out_bytes = 0
+        self.counts = Counts()
+        self._peers: dict[str, _Peer] = {}
+        self._open: dict[tuple[str, str], _Transfer] = {}
+        self._hungry: deque[_Peer] = deque()
+        self._alarms: Alarms[_Transfer] = Alarms()
+
+    def open(
+        self,
+        peer: str,
+        blob: Blob,
+        now: float,
+        *,
+        size: int | None = None,
+        have: Bitmap | None = None,
+        listen_s: float = 0.0,
+    ) -> list[Action]:
+        """Begin (or go on) to pull `blob`, or its first `size` bytes, from `peer`; `have` are the chunks on disk.
+
+        Repeating the same open changes nothing; another geometry under the same name replaces it.  Raises BadMessage for
+        a blob that cannot be pulled at all.  Whether its size is acceptable is for the caller to know.
+        """
+        n = n_prefix_chunks(blob, size)
+        if min(blob.chunk, blob.size) > self.budget_bytes:
+            raise BadMessage(
+                f"chunks of {blob.chunk} bytes exceed the budget of {self.budget_bytes}: use smaller chunks"
+            )
+        known = self._open.get((peer, blob.xfer))
+        if known is not None and (known.blob, known.size) == (blob, size):
+            return []
+        if known is not None:
+            self._remove(known)
+        assert have is None or len(have) == n, "the bitmap is of another transfer"
+        wanted = Bitmap(n, full=True) if have is None else have.inverted()
+        if not wanted.count:
+            return [Completed(peer, blob.xfer), *self._serve(now)]
+        source = self._peers.setdefault(peer, _Peer(peer, self.window))
+        transfer = _Transfer(source, blob, size, wanted, listen_s, now, min(blob.chunk, blob.size))
+        self._open[peer, blob.xfer] = transfer
+        source.turn.append(transfer)
+        if listen_s:
+            self._arm(transfer, now)
+        self._want(source)
+        return self._serve(now)
+
+    def chunk(self, peer: str, xfer: str, index: int, n_bytes: int, now: float) -> list[Action]:
+        """A chunk arrived and is written.  What nobody needs is counted and changes nothing."""
+        transfer = self._open.get((peer, xfer))
+        if transfer is None:
+            self.counts.n_stray += 1
+            return []
+        if n_bytes < 1 or n_bytes != chunk_length(transfer.blob, index):
+            self.counts.n_bad += 1
+            return []
+        if index in transfer.out:
+            transfer.out.remove(index)
+            transfer.peer.n_out -= 1
+            self.out_bytes -= transfer.unit_bytes
+        elif transfer.wanted.discard(index):
+            self.counts.n_unasked += 1
+        else:
+            self.counts.n_unneeded += 1
+            return []
+        source = transfer.peer
+        source.window = min(self.window, source.window + 1 / source.window)
+        self.counts.n_chunks += 1
+        self.counts.n_bytes += n_bytes
+        self._moved(transfer, now)
+        if not transfer.out and not transfer.wanted.count:
+            self._remove(transfer)
+            return [Completed(peer, xfer), *self._serve(now)]
+        self._want(source)
+        return self._serve(now) if self._hungry else []
+
+    def tick(self, now: float) -> list[Action]:
+        """Handle the timers that ran out; see `wake_at`."""
+        given_up = [action for transfer in self._alarms.ring(now) for action in self._expire(transfer)]
+        return given_up + self._serve(now)
+
+    @property
+    def wake_at(self) -> float | None:
+        """When to call `tick` at the latest; it may find that nothing is due yet, and moves this on."""
+        return self._alarms.wake_at
+
+    def close(self, peer: str, xfer: str, now: float) -> list[Action]:
+        """Stop wanting this transfer (nothing happens if it is not open); its credit serves the others."""
+        transfer = self._open.get((peer, xfer))
+        if transfer is not None:
+            self._remove(transfer)
+        return self._serve(now)
+
+    def drop_peer(self, peer: str, now: float) -> list[Action]:
+        """The peer is gone: close all its transfers.  A later offer opens them again."""
+        if peer in self._peers:
+            for transfer in list(self._peers[peer].turn):
+                self._remove(transfer)
+        return self._serve(now)
+
+    def reset(self, now: float, peer: str | None = None) -> list[Action]:
+        """All credit (or that of one peer, when it was reborn) is void: the bus is new.  Grant again what is missing."""
+        for source in self._peers.values():
+            if peer not in {None, source.name}:
+                continue
+            source.window = self.window
+            for transfer in source.turn:
+                transfer.tries = 0
+                self._void(transfer)
+            self._want(source)
+        return self._serve(now)
+
+    def __len__(self) -> int:
+        """Open transfers."""
+        return len(self._open)
+
+    def remaining(self, peer: str, xfer: str) -> int | None:
+        """Chunks still to come, for display; None if it is not open."""
+        transfer = self._open.get((peer, xfer))
+        return None if transfer is None else transfer.wanted.count + len(transfer.out)
+
+    # ------------------------------------------------------------------------------------------------------- credit
+
+    def _want(self, peer: _Peer) -> None:
+        """Queue a peer that has half of its window free: a smaller batch would not be worth a grant."""
+        if not peer.hungry and 2 * peer.n_out <= peer.window:
+            peer.hungry = True
+            self._hungry.append(peer)
+
+    def _serve(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        while self._hungry:
+            peer = self._hungry[0]
+            transfer = peer.next()
+            room = int(peer.window) - peer.n_out
+            if transfer is not None and room > 0:
+                ask = min(room, transfer.wanted.count)
+                n = min(ask, (self.budget_bytes - self.out_bytes) // transfer.unit_bytes)
+                if n < min(ask, max(1, self.budget_bytes // (2 * transfer.unit_bytes))):
+                    break  # it stays first in the queue until a batch fits
+                actions.append(self._grant(transfer, n, now))
+            self._hungry.popleft()
+            peer.hungry = False
+            if transfer is not None:
+                self._want(peer)
+        return actions
+
+    def _grant(self, transfer: _Transfer, n: int, now: float) -> SendGrant:
+        peer = transfer.peer
+        if not transfer.out:
+            transfer.moved_at = now
+        ranges = transfer.wanted.take(n, transfer.from_index)
+        for first, length in ranges:
+            transfer.out.update(range(first, first + length))
+            transfer.from_index = first + length
+        peer.n_out += n
+        self.out_bytes += n * transfer.unit_bytes
+        peer.turn.rotate(-1)
+        self._arm(transfer, now)
+        self.counts.n_grants += 1
+        return SendGrant(peer.name, Grant(xfer=transfer.blob.xfer, ranges=ranges))
+
+    def _void(self, transfer: _Transfer) -> None:
+        """Take back all credit of a transfer: what is out is wanted again."""
+        for index in transfer.out:
+            transfer.wanted.add(index)
+        if transfer.out:
+            transfer.from_index = min(transfer.from_index, *transfer.out)
+        self.counts.n_voided += len(transfer.out)
+        self._release(transfer)
+
+    def _release(self, transfer: _Transfer) -> None:
+        transfer.peer.n_out -= len(transfer.out)
+        self.out_bytes -= len(transfer.out) * transfer.unit_bytes
+        transfer.out.clear()
+        if not transfer.listen_s:
+            self._alarms.cancel(transfer)
+
+    def _remove(self, transfer: _Transfer) -> None:
+        self._release(transfer)
+        self._alarms.cancel(transfer)
+        peer = transfer.peer
+        del self._open[peer.name, transfer.blob.xfer]
+        peer.turn.remove(transfer)
+        if peer.turn:
+            self._want(peer)
+            return
+        del self._peers[peer.name]
+        if peer.hungry:
+            self._hungry.remove(peer)
+
+    # --------------------------------------------------------------------------------------------------------- time
+
+    def _moved(self, transfer: _Transfer, now: float) -> None:
+        gap_s = now - transfer.moved_at
+        transfer.pace_s += (gap_s - transfer.pace_s) / (8 if transfer.pace_s else 1)
+        transfer.moved_at = now
+        transfer.tries = 0
+        if transfer.out or transfer.listen_s:
+            self._arm(transfer, now)
+        else:
+            self._alarms.cancel(transfer)
+
+    def _arm(self, transfer: _Transfer, now: float) -> None:
+        patience_s = max(self.timeout_s, 4 * transfer.pace_s) * 2**transfer.tries
+        self._alarms.set(transfer, now + (transfer.listen_s or min(patience_s, self.max_timeout_s)))
+
+    def _expire(self, transfer: _Transfer) -> list[Action]:
+        peer = transfer.peer
+        if transfer.listen_s:
+            transfer.listen_s = 0.0
+            self._want(peer)
+            return []
+        transfer.tries += 1
+        peer.window = max(1, peer.window / 2)
+        self._void(transfer)
+        if transfer.tries < self.max_tries:
+            self._want(peer)
+            return []
+        xfer, n = transfer.blob.xfer, transfer.wanted.count
+        self._remove(transfer)
+        self.counts.n_given_up += 1
+        return [
+            GaveUp(peer.name, xfer, f"{peer.name} sent nothing after {self.max_tries} grants; {n} chunks are missing")
+        ]
+
+    def check(self) -> None:
+        """Assert every invariant; cost O(chunks), for tests."""
+        assert 0 <= self.out_bytes <= self.budget_bytes
+        assert self.out_bytes == sum(len(t.out) * t.unit_bytes for t in self._open.values())
+        assert {id(p) for p in self._hungry} == {id(p) for p in self._peers.values() if p.hungry}
+        assert len(set(map(id, self._hungry))) == len(self._hungry)
+        for name, peer in self._peers.items():
+            assert peer.turn
+            assert peer.n_out == sum(len(t.out) for t in peer.turn) <= self.window
+            assert 1 <= peer.window <= self.window
+            starving = peer.next() is not None and 2 * peer.n_out <= peer.window
+            assert peer.hungry or not starving, f"{name} could use credit and nobody knows"
+        if self._hungry:
+            assert self.out_bytes, "somebody waits although nothing is out"
+        for transfer in self._open.values():
+            assert transfer.wanted.count or transfer.out
+            assert all(first >= transfer.from_index for first, _ in transfer.wanted.runs())
+            assert not any(index in transfer.wanted for index in transfer.out)
+            assert bool(transfer.out or transfer.listen_s) == (transfer in self._alarms), "a timer for nothing, or none"

@@ -1,0 +1,240 @@
+"""A stage for the coordinator's core: feed it events at times of our choosing, look at what it wishes."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import msgspec
+import pytest
+
+from coordinator.core import actions as act
+from coordinator.core import events as ev
+from coordinator.core.choice import Choice
+from coordinator.core.fleet import Fleet, decode_state, encode_state
+from coordinator.core.spec import JobSpec
+from coordinator.core.state import JobState, Phase, Share
+from protocol.messages import Blob, Evaluated, ExecState, Matrix, Offer, Surveyed
+
+T0 = 1_750_000_000.0
+MATRICES = [Matrix(name="k", d_out=8, d_in=16), Matrix(name="q", d_out=8, d_in=8)]
+
+
+def sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def job_spec(name: str, **tables: dict[str, Any]) -> JobSpec:
+    """A job file; `head` is the rest of its [job] table."""
+    head = {"name": name, **tables.pop("head", {})}
+    return msgspec.convert({"job": head, "model": {"source": "toy"}, **tables}, JobSpec)
+
+
+def fits(value: object, wanted: object) -> bool:
+    """Partial match: a dict asks for these attributes of a Struct, anything else for equality."""
+    if isinstance(wanted, dict) and isinstance(value, msgspec.Struct):
+        return all(fits(getattr(value, key), part) for key, part in wanted.items())
+    return value == wanted
+
+
+def brief(value: object) -> str:
+    """A Struct without its defaults: what a reader of a story needs."""
+    if not isinstance(value, msgspec.Struct):
+        return repr(value)
+    fields = [(f, getattr(value, f.name)) for f in msgspec.structs.fields(value)]
+    told = [f"{f.name}={brief(part)}" for f, part in fields if part != f.default and part not in ({}, [])]
+    return f"{type(value).__name__}({', '.join(told)})"
+
+
+class Play:
+    """One story.  Every verb feeds events; `wishes` holds what the last verb brought; the laws are checked at each event."""
+
+    def __init__(self) -> None:
+        self.fleet = Fleet()
+        self.now = T0
+        self.wishes: list[act.Wish] = []
+        self.everything: list[act.Wish] = []
+        self.story: list[str] = []
+        self._serials: dict[str, int] = {}
+
+    # -------------------------------------------------------------------------------------------------------- events
+
+    def feed(self, *events: ev.Happened) -> Play:
+        self.wishes = []
+        for event in events:
+            self.story.append(f"{self.now - T0:8.1f} s  {brief(event)}")
+            wishes = self.fleet.handle(event, self.now)
+            self.story.extend(f"{'':16}-> {brief(wish)}" for wish in wishes)
+            self.wishes += wishes
+            self.everything += wishes
+            self._check_laws()
+        return self
+
+    def _check_laws(self) -> None:
+        self.fleet.check()
+        snapshot = encode_state(self.fleet.state)
+        assert encode_state(decode_state(snapshot)) == snapshot, self.told("the snapshot lost something")
+        self.fleet.resume(self.now)
+        assert encode_state(self.fleet.state) == snapshot, self.told("resume() changed the state")
+
+    def at(self, seconds: float) -> Play:
+        """Go to this many seconds after the start; nothing happens by itself."""
+        assert self.now <= T0 + seconds, "time runs forward"
+        self.now = T0 + seconds
+        return self
+
+    def ticks(self, until: float) -> Play:
+        """Let time alone pass: a Tick at every wake_at up to this many seconds after the start."""
+        wishes: list[act.Wish] = []
+        while (due := self.fleet.wake_at) is not None and due <= T0 + until:
+            self.now = due
+            wishes += self.feed(ev.Tick()).wishes
+        self.wishes = wishes
+        return self.at(until)
+
+    # --------------------------------------------------------------------------------------------------- what people do
+
+    def submit(self, name: str = "j", **tables: dict[str, Any]) -> Play:
+        return self.feed(ev.JobSubmitted(spec=job_spec(name, **tables)))
+
+    def cancel(self, job: str = "j") -> Play:
+        return self.feed(ev.JobCancelled(job=job))
+
+    # --------------------------------------------------------------------------------------------------- what agents do
+
+    def join(self, *agents: str, session: int = 1, methods: tuple[str, ...] = ("qlora",)) -> Play:
+        if session > 1:
+            self._serials = {a: n for a, n in self._serials.items() if a not in agents}
+        born = [ev.AgentJoined(agent=a, session=f"{session:016x}", methods=list(methods)) for a in agents]
+        return self.feed(*born)
+
+    def leave(self, *agents: str, session: int = 1) -> Play:
+        return self.feed(*(ev.AgentLeft(agent=a, session=f"{session:016x}", reason="will") for a in agents))
+
+    def move(self, agent: str, state: ExecState, job: str = "j", **fields: Any) -> Play:
+        """The agent's share, as the core has it, moves on; `fields` overrides what the message says."""
+        share = self.share(agent, job)
+        self._serials[agent] = self._serials.get(agent, 0) + 1
+        said = {
+            "round": self._round_of(agent, job),
+            "attempt": share.attempt if share else 0,
+            "serial": self._serials[agent],
+        }
+        return self.feed(ev.ShareMoved(agent=agent, job=job, state=state, **{**said, **fields}))
+
+    def survey(self, *agents: str, job: str = "j", n_train: int = 10, base: str = "base", **fields: Any) -> Play:
+        found = Surveyed(base_sha256=sha(base), matrices=MATRICES, n_train=n_train, n_eval=2)
+        wishes: list[act.Wish] = []
+        for agent in agents:
+            wishes += self.move(agent, ExecState.DONE, job, round=0, surveyed=found, **fields).wishes
+        self.wishes = wishes
+        return self
+
+    def ready(self, *agents: str, **tables: dict[str, Any]) -> Play:
+        """Job j is submitted, these agents join and are surveyed."""
+        return self.submit(**tables).join(*agents).survey(*agents)
+
+    def offer(self, agent: str, job: str = "j", *, tag: str = "", size: int = 100, **fields: Any) -> Offer:
+        """The update that this agent makes of its present share."""
+        share = self.share(agent, job)
+        said = {
+            "round": self._round_of(agent, job),
+            "attempt": share.attempt if share else 0,
+            "samples": 4,
+            "loss": 2.0,
+            **fields,
+        }
+        blob = Blob(sha256=sha(f"{job}/{agent}/{said['round']}/{tag}"), size=size)
+        return Offer(job=job, kind="lora", blob=blob, **said)
+
+    def offers(self, agent: str, offer: Offer | None = None, job: str = "j") -> Play:
+        return self.feed(ev.UpdateOffered(agent=agent, offer=offer or self.offer(agent, job)))
+
+    def trains(self, *agents: str, job: str = "j", **fields: Any) -> Play:
+        """Each agent offers its update and the shell stores it."""
+        wishes: list[act.Wish] = []
+        for agent in agents:
+            offer = self.offer(agent, job, **fields)
+            wishes += self.feed(
+                ev.UpdateOffered(agent=agent, offer=offer), ev.UpdateStored(agent=agent, offer=offer)
+            ).wishes
+        self.wishes = wishes
+        return self
+
+    def evaluates(self, *agents: str, job: str = "j", loss: float = 1.5) -> Play:
+        version = self.job(job).version
+        found = Evaluated(version=version, n_samples=2, n_tokens=64, loss=loss)
+        wishes: list[act.Wish] = []
+        for agent in agents:
+            wishes += self.move(agent, ExecState.DONE, job, evaluated=found).wishes
+        self.wishes = wishes
+        return self
+
+    # ------------------------------------------------------------------------------------- what slow work brings back
+
+    def plan(self, job: str = "j", *, n_steps: int = 2, without: tuple[str, ...] = ()) -> Play:
+        """Answer the last MakePlan: every agent does n_steps of batch 8 at rank 2."""
+        asked = next(w for w in reversed(self.everything) if isinstance(w, act.MakePlan) and w.job == job)
+        choice = Choice(ranks={"k": 2, "q": 2}, bits="nf4", n_steps=n_steps, batch=8)
+        choices = {a: choice for a in asked.agents if a not in without}
+        return self.feed(ev.PlanReady(job=job, round=asked.round, attempt=asked.attempt, choices=choices))
+
+    def fold(self, job: str = "j") -> Play:
+        """Answer the last Aggregate with a new version."""
+        asked = next(w for w in reversed(self.everything) if isinstance(w, act.Aggregate) and w.job == job)
+        digest = sha(f"{job}/v{asked.version}")
+        return self.feed(
+            ev.Aggregated(
+                job=job,
+                round=asked.round,
+                attempt=asked.attempt,
+                version=asked.version,
+                model=Blob(sha256=digest, size=1000),
+                master=digest,
+            )
+        )
+
+    # ------------------------------------------------------------------------------------------------- what came of it
+
+    def expects(self, kind: type[msgspec.Struct], **fields: object) -> Any:
+        """The first wish of the last verb that fits; fails with the whole story when there is none."""
+        found = [w for w in self.wishes if type(w) is kind and fits(w, fields)]
+        assert found, self.told(f"no {kind.__name__} with {fields}")
+        return found[0]
+
+    def lacks(self, kind: type[msgspec.Struct], **fields: object) -> Play:
+        found = [w for w in self.wishes if type(w) is kind and fits(w, fields)]
+        assert not found, self.told(f"unwanted {found[0] if found else ''}")
+        return self
+
+    def job(self, name: str = "j") -> JobState:
+        return self.fleet.state.jobs[name]
+
+    def phase(self, name: str = "j") -> Phase:
+        return self.job(name).phase
+
+    def share(self, agent: str, job: str = "j") -> Share | None:
+        """The agent's share of the open round, or else its survey."""
+        state = self.job(job)
+        if state.round and agent in state.round.shares:
+            return state.round.shares[agent]
+        return state.members[agent].survey if agent in state.members else None
+
+    def _round_of(self, agent: str, job: str) -> int:
+        round_ = self.job(job).round
+        return round_.number if round_ and agent in round_.shares else 0
+
+    def finishes(self, job: str = "j") -> list[act.Finish]:
+        return [w for w in self.everything if isinstance(w, act.Finish) and w.job == job]
+
+    def free(self) -> bool:
+        """Whether no agent has a task."""
+        return not any(a.task for a in self.fleet.state.agents.values())
+
+    def told(self, fault: str) -> str:
+        return "\n".join([fault, *self.story])
+
+
+@pytest.fixture
+def play() -> Play:
+    return Play()

@@ -1,0 +1,361 @@
+"""The laws of aggregation, for every registered aggregator, and what is special about sums in product space."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coordinator import aggregators
+from coordinator.aggregators import Weighted
+from coordinator.aggregators.product import Product
+from protocol import methods
+from protocol.adapters import F64, Adapter, Factors, canonical
+from protocol.errors import BadConfig, BadUpdate
+from protocol.updates import LoraUpdate, write_update
+
+SHAPES = {"q": (24, 16), "up": (40, 16), "down": (16, 40), "tiny": (3, 5)}
+EVERY = pytest.mark.parametrize("name", aggregators.BUILT_IN)
+seeds = st.integers(0, 2**32)
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """An update that was never written to a file."""
+
+    adapter: Adapter
+
+    @property
+    def ranks(self) -> Mapping[str, int]:
+        return {name: factors.rank for name, factors in self.adapter.items()}
+
+    def factors(self, name: str) -> Factors:
+        return self.adapter[name]
+
+
+def make_factors(rng: np.random.Generator, name: str, rank: int) -> Factors:
+    d_out, d_in = SHAPES[name]
+    scale = 10.0 ** rng.uniform(-4, 2)
+    a = rng.normal(size=(rank, d_in)).astype(np.float32)
+    return Factors(a, (scale * rng.normal(size=(d_out, rank))).astype(np.float32))
+
+
+def make_adapter(rng: np.random.Generator, max_rank: int = 8, share: float = 0.7) -> Adapter:
+    chosen = [name for name in SHAPES if rng.random() < share] or ["q"]
+    return {name: make_factors(rng, name, int(rng.integers(1, max_rank + 1))) for name in chosen}
+
+
+def make_fleet(rng: np.random.Generator, n_agents: int) -> list[Weighted]:
+    return [
+        Weighted(f"a{i // 2}", 3 + i % 2, float(rng.integers(1, 500)), InMemory(make_adapter(rng)))
+        for i in range(n_agents)
+    ]
+
+
+def dense(adapter: Adapter) -> dict[str, F64]:
+    return {name: f.b.astype(np.float64) @ f.a.astype(np.float64) for name, f in adapter.items()}
+
+
+def reference(model: Adapter, updates: Sequence[Weighted], max_rank: int, server_lr: float) -> dict[str, F64]:
+    """The formula as it stands, with dense matrices in float64 and a full SVD."""
+    result = dense(model)
+    deltas = [
+        (u.weight, {name: dense({name: u.update.factors(name)})[name] for name in u.update.ranks}) for u in updates
+    ]
+    for name in {name for _, delta in deltas for name in delta}:
+        trained = [(weight, delta[name]) for weight, delta in deltas if name in delta]
+        mean = sum(weight * delta for weight, delta in trained) / sum(weight for weight, _ in trained)
+        u, s, vt = np.linalg.svd(result.get(name, 0.0) + server_lr * mean, full_matrices=False)
+        result[name] = (u[:, :max_rank] * s[:max_rank]) @ vt[:max_rank]
+    return result
+
+
+def assert_same(adapter: Adapter, expected: Mapping[str, F64], relative: float = 1e-5) -> None:
+    found = dense(adapter)
+    for name, matrix in expected.items():
+        error = np.linalg.norm(found.get(name, 0.0) - matrix)
+        assert error <= relative * np.linalg.norm(matrix), name
+    assert found.keys() <= expected.keys()
+
+
+def bits(adapter: Adapter) -> dict[str, tuple[bytes, bytes]]:
+    return {name: (factors.a.tobytes(), factors.b.tobytes()) for name, factors in adapter.items()}
+
+
+# ------------------------------------------------------------------------------------- laws, for every aggregator
+
+
+@EVERY
+@settings(deadline=None, max_examples=25)
+@given(seed=seeds, order=st.permutations(range(5)))
+def test_any_order_of_arrival_gives_the_same_bits(name: str, seed: int, order: list[int]) -> None:
+    rng = np.random.default_rng(seed)
+    model, fleet = make_adapter(rng), make_fleet(rng, 5)
+    aggregate = aggregators.load(name).aggregate
+    expected = aggregate(model, fleet, max_rank=6)
+    found = aggregate(dict(reversed(model.items())), [fleet[i] for i in order], max_rank=6)
+    assert bits(found.adapter) == bits(expected.adapter)
+    assert found.dropped_ratio == expected.dropped_ratio
+    assert found.norms == expected.norms
+
+
+@EVERY
+@settings(deadline=None, max_examples=25)
+@given(seed=seeds, factor=st.floats(1e-6, 1e6))
+def test_a_common_factor_of_the_weights_changes_nothing(name: str, seed: int, factor: float) -> None:
+    rng = np.random.default_rng(seed)
+    model, fleet = make_adapter(rng), make_fleet(rng, 3)
+    aggregate = aggregators.load(name).aggregate
+    scaled = [Weighted(u.agent, u.round, u.weight * factor, u.update) for u in fleet]
+    expected = aggregate(model, fleet, max_rank=64).adapter
+    assert_same(aggregate(model, scaled, max_rank=64).adapter, dense(expected))
+
+
+@EVERY
+@settings(deadline=None, max_examples=25)
+@given(seed=seeds, n_agents=st.integers(1, 6))
+def test_equal_updates_are_that_update(name: str, seed: int, n_agents: int) -> None:
+    rng = np.random.default_rng(seed)
+    update = make_adapter(rng)
+    fleet = [Weighted(f"a{i}", 1, float(rng.integers(1, 99)), InMemory(update)) for i in range(n_agents)]
+    found = aggregators.load(name).aggregate({}, fleet, max_rank=8).adapter
+    assert_same(found, dense(update))
+    assert {k: f.rank for k, f in found.items()} == {k: min(f.rank, *f.shape) for k, f in update.items()}
+
+
+@EVERY
+@settings(deadline=None, max_examples=25)
+@given(seed=seeds, max_rank=st.integers(1, 8))
+def test_one_agent_is_the_best_cut_of_that_agent(name: str, seed: int, max_rank: int) -> None:
+    update = make_adapter(np.random.default_rng(seed))
+    found = aggregators.load(name).aggregate({}, [Weighted("a", 1, 7.0, InMemory(update))], max_rank=max_rank)
+    assert_same(found.adapter, dense({k: canonical(f, max_rank) for k, f in update.items()}))
+
+
+@EVERY
+@settings(deadline=None, max_examples=25)
+@given(seed=seeds, exponent=st.integers(-37, 17))
+def test_finite_in_finite_out(name: str, seed: int, exponent: int) -> None:
+    rng = np.random.default_rng(seed)
+    with np.errstate(over="raise"):
+        scale = np.float32(10.0**exponent)
+        fleet = [
+            Weighted(
+                u.agent,
+                u.round,
+                u.weight,
+                InMemory({k: Factors(f.a * scale, f.b) for k, f in u.update.adapter.items()}),
+            )
+            for u in make_fleet(rng, 3)
+            if isinstance(u.update, InMemory)
+        ]
+    found = aggregators.load(name).aggregate(make_adapter(rng), fleet, max_rank=4)
+    assert all(np.isfinite(f.a).all() and np.isfinite(f.b).all() and f.rank <= 8 for f in found.adapter.values())
+    assert all(0 <= ratio < 1 for ratio in found.dropped_ratio.values())
+
+
+@EVERY
+def test_no_updates_leave_the_model_as_it_is(name: str) -> None:
+    model = make_adapter(np.random.default_rng(0))
+    idle = Weighted("idle", 1, 0.0, InMemory(make_adapter(np.random.default_rng(1))))
+    for updates in ([], [idle]):
+        found = aggregators.load(name).aggregate(model, updates, max_rank=8)
+        assert bits(found.adapter) == bits(model)
+        assert found.norms == {}
+
+
+@EVERY
+def test_the_inputs_are_not_changed(name: str) -> None:
+    rng = np.random.default_rng(2)
+    model, fleet = make_adapter(rng), make_fleet(rng, 3)
+    before = bits(model)
+    aggregators.load(name).aggregate(model, fleet, max_rank=3)
+    assert bits(model) == before
+
+
+# ----------------------------------------------------------------------------------------- sums in product space
+
+
+@settings(deadline=None)
+@given(seed=seeds, n_agents=st.integers(1, 8), max_rank=st.integers(1, 40), server_lr=st.sampled_from([1.0, 0.3, 2.0]))
+def test_the_sum_is_the_dense_one_over_mixed_ranks_and_mixed_matrices(
+    seed: int, n_agents: int, max_rank: int, server_lr: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    model, fleet = make_adapter(rng), make_fleet(rng, n_agents)
+    found = Product().aggregate(model, fleet, max_rank=max_rank, server_lr=server_lr)
+    expected = reference(model, fleet, max_rank, server_lr)
+    # A cut between two nearly equal singular values may take either: compare the distance to the whole sum instead.
+    whole = reference(model, fleet, 64, server_lr)
+    for name, matrix in whole.items():
+        best = np.linalg.norm(matrix - expected[name])
+        ours = np.linalg.norm(matrix - dense(found.adapter).get(name, 0.0))
+        assert abs(ours - best) <= 1e-5 * np.linalg.norm(matrix)
+        if name in found.dropped_ratio:
+            ratio = (best / np.linalg.norm(matrix)) ** 2
+            assert found.dropped_ratio[name] == pytest.approx(ratio, rel=1e-4, abs=1e-10)
+    if max_rank == 40:
+        assert_same(found.adapter, whole)
+
+
+def test_nothing_is_lost_when_there_are_more_components_than_dimensions() -> None:
+    rng = np.random.default_rng(5)
+    fleet = [Weighted(f"a{i}", 1, 1.0 + i, InMemory({"tiny": make_factors(rng, "tiny", 9)})) for i in range(30)]
+    found = Product().aggregate({}, fleet, max_rank=16)
+    assert found.adapter["tiny"].rank == 3
+    assert_same(found.adapter, reference({}, fleet, 16, 1.0))
+
+
+def test_a_matrix_is_not_diluted_by_agents_that_did_not_train_it() -> None:
+    one, two = (
+        Factors(np.eye(1, 5, dtype=np.float32), np.ones((3, 1), np.float32)),
+        make_adapter(np.random.default_rng(1)),
+    )
+    two.pop("tiny", None)
+    fleet = [Weighted("a", 1, 1.0, InMemory({"tiny": one})), Weighted("b", 1, 1e6, InMemory(two))]
+    assert_same({"tiny": Product().aggregate({}, fleet, max_rank=8).adapter["tiny"]}, dense({"tiny": one}))
+
+
+def test_a_matrix_that_nobody_trained_keeps_its_bits() -> None:
+    rng = np.random.default_rng(6)
+    model = {name: make_factors(rng, name, 4) for name in SHAPES}
+    found = Product().aggregate(model, [Weighted("a", 1, 1.0, InMemory({"q": model["q"]}))], max_rank=8)
+    assert bits(found.adapter)["up"] == bits(model)["up"]
+    assert found.dropped_ratio.keys() == {"q"}
+
+
+def test_updates_that_cancel_the_model_leave_nothing() -> None:
+    rng = np.random.default_rng(7)
+    model = {"q": make_factors(rng, "q", 4)}
+    opposite = {"q": Factors(model["q"].a, -model["q"].b)}
+    found = Product().aggregate(model, [Weighted("a", 1, 1.0, InMemory(opposite))], max_rank=8)
+    assert not found.adapter
+
+
+@pytest.mark.parametrize("stack_width", [24, 80])
+def test_a_narrow_stack_is_exact_for_a_sum_of_low_rank(stack_width: int) -> None:
+    rng = np.random.default_rng(8)
+    a, b = rng.normal(size=(6, 16)), rng.normal(size=(24, 6))
+    fleet = [
+        Weighted(
+            f"a{i:02}", 1, 1.0, InMemory({"q": Factors((rng.normal(size=(6, 6)) @ a).astype("f4"), b.astype("f4"))})
+        )
+        for i in range(40)
+    ]
+    wide = Product().aggregate({}, fleet, max_rank=6)
+    narrow = Product(stack_width=stack_width).aggregate({}, fleet, max_rank=6)
+    assert_same(narrow.adapter, dense(wide.adapter))
+
+
+def test_a_narrow_stack_costs_little_on_updates_that_agree_in_part() -> None:
+    rng = np.random.default_rng(9)
+    shared = [rng.normal(size=(4, 40)), rng.normal(size=(40, 4))]
+
+    def noisy() -> Factors:
+        a, b = shared[0] + 0.5 * rng.normal(size=(4, 40)), shared[1] + 0.5 * rng.normal(size=(40, 4))
+        return Factors(a.astype(np.float32), b.astype(np.float32))
+
+    fleet = [Weighted(f"a{i:02}", 1, 1.0, InMemory({"m": noisy()})) for i in range(60)]
+    whole = sum(dense({"m": u.update.factors("m")})["m"] for u in fleet) / 60
+    errors = [
+        np.linalg.norm(dense(Product(stack_width=width).aggregate({}, fleet, max_rank=4).adapter)["m"] - whole)
+        for width in (1024, 24)
+    ]
+    assert errors[0] < errors[1] < 1.05 * errors[0]
+
+
+def test_a_narrow_stack_keeps_what_grows_strong_later() -> None:
+    def spike(i: int, size: float) -> Factors:
+        one = np.eye(1, 9, i, dtype=np.float32)
+        return Factors(one, np.float32(size) * one.T)
+
+    early = [Weighted(f"a{i}", 1, 1.0, InMemory({"m": spike(i % 2, 1.0 - 0.1 * (i % 2))})) for i in range(8)]
+    late = [Weighted("b", 1, 1.0, InMemory({"m": spike(1, 1.0)}))]
+    found = Product(stack_width=4).aggregate({}, early + late, max_rank=1)
+    assert_same(found.adapter, {"m": np.diag([0, 4.6 / 9, 0, 0, 0, 0, 0, 0, 0])})
+
+
+def test_norms_tell_which_agent_is_out_of_line() -> None:
+    rng = np.random.default_rng(10)
+    fleet = make_fleet(rng, 3)
+    found = Product().aggregate({}, fleet, max_rank=8)
+    for u in fleet:
+        whole = [u.update.factors(name).norm() for name in u.update.ranks]
+        assert found.norms[u.round, u.agent] == pytest.approx(np.linalg.norm(whole))
+
+
+def test_a_sum_beyond_float32_names_the_matrix_and_the_agent() -> None:
+    huge = Factors(np.full((1, 5), 3e38, np.float32), np.full((3, 1), 3e38, np.float32))
+    small = Factors(np.ones((1, 5), np.float32), np.ones((3, 1), np.float32))
+    fleet = [Weighted("good", 1, 1.0, InMemory({"tiny": small})), Weighted("bad", 1, 1.0, InMemory({"tiny": huge}))]
+    with pytest.raises(BadUpdate, match=r"'tiny' leaves float32's range: drop bad's"):
+        Product().aggregate({}, fleet, max_rank=2, server_lr=10)
+
+
+def test_two_updates_of_one_agent_and_round_and_impossible_weights_are_our_mistake() -> None:
+    update = InMemory(make_adapter(np.random.default_rng(0)))
+    with pytest.raises(ValueError, match="two updates"):
+        Product().aggregate({}, [Weighted("a", 1, 1.0, update), Weighted("a", 1, 2.0, update)], max_rank=2)
+    for weight in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="weight"):
+            Product().aggregate({}, [Weighted("a", 1, weight, update)], max_rank=2)
+
+
+def test_updates_are_summed_from_their_files(tmp_path: Path) -> None:
+    rng = np.random.default_rng(11)
+    fleet = make_fleet(rng, 4)
+    on_disk = []
+    for u in fleet:
+        assert isinstance(u.update, InMemory)
+        path = tmp_path / f"{u.agent}.{u.round}"
+        write_update(path, u.update.adapter, job="j", round=u.round, attempt=0, dtype="fp32")
+        on_disk.append(Weighted(u.agent, u.round, u.weight, LoraUpdate.open(path, max_bytes=10**6)))
+    model = make_adapter(rng)
+    expected = Product().aggregate(model, fleet, max_rank=8)
+    assert bits(Product().aggregate(model, on_disk, max_rank=8).adapter) == bits(expected.adapter)
+
+
+# ----------------------------------------------------------------------------------------------------- the registry
+
+
+@pytest.mark.parametrize("method", methods.BUILT_IN)
+def test_every_built_in_method_fits_its_aggregator(method: str) -> None:
+    found = methods.load(method)
+    aggregators.fits(found.kind, aggregators.load(found.aggregator))
+
+
+def test_another_kind_of_update_is_refused_before_a_job_starts() -> None:
+    with pytest.raises(BadConfig, match="Product sums updates of kind 'lora', the trainer sends 'scalars'"):
+        aggregators.fits("scalars", Product())
+
+
+@pytest.mark.parametrize("name", ["no-such", "coordinator.aggregators.product", "os:system", ""])
+def test_a_name_is_never_an_import_path(name: str) -> None:
+    with pytest.raises(BadConfig, match=r"is not in fedpipe\.aggregators"):
+        aggregators.load(name)
+
+
+def test_an_allowed_entry_point_is_loaded_and_must_be_an_aggregator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "outside_sums-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-sums\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text(
+        "[fedpipe.aggregators]\nkeep = outside_sums:Keep\nbad = outside_sums:bad\n"
+    )
+    (tmp_path / "outside_sums.py").write_text(
+        "from coordinator.aggregators import Aggregate\n\n\nclass Keep:\n    accepts = 'lora'\n\n"
+        "    def aggregate(self, model, updates, *, max_rank, server_lr=1.0):\n        return Aggregate(model, {}, {})\n"
+        "\n\nbad = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    model = make_adapter(np.random.default_rng(0))
+    assert aggregators.load("keep", allowed=["keep"]).aggregate(model, [], max_rank=2).adapter is model
+    with pytest.raises(BadConfig, match=r"is not in"):
+        aggregators.load("keep")
+    with pytest.raises(BadConfig, match="no class"):
+        aggregators.load("bad", allowed=["bad"])
