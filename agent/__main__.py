@@ -22,13 +22,13 @@ def main() -> int:
 
     try:
         config = load_toml(arguments.config, AgentConfig)
+        set_up_logging(config.log_level)
     except BadConfig as error:
         print(f"fedpipe-agent: {error}", file=sys.stderr)
         return EX_CONFIG
     if arguments.command == "check-config":
         print(f"{arguments.config}: agent {config.agent!r} of fleet {config.fleet!r}, broker {config.broker.url}: fine")
         return 0
-    set_up_logging(config.log_level)
     from agent.daemon import Agent
 
     return run(lambda stop: Agent(config).run(stop))

@@ -86,6 +86,7 @@ class Agent:
         self._timer_moved = asyncio.Event()
         self._progress_due = asyncio.Event()
         self._run: asyncio.Task[None] | None = None
+        self._stop_reason = ""
         self._fetching_since = 0.0
         self._complaints = OncePer()
 
@@ -156,8 +157,10 @@ class Agent:
             case act.DropModel(blob=blob):
                 self.exchange.stop_pulling(COORDINATOR, blob.xfer)
             case act.StartChild():
-                self._run = self._group.create_task(self._train(wish, self._run), name="train")
+                self._stop_reason = ""
+                self._run = self._group.create_task(self._train(wish), name="train")
             case act.StopChild(reason=reason):
+                self._stop_reason = reason
                 self.supervisor.stop(reason)
             case act.KillChild():
                 self._group.create_task(self.supervisor.kill(), name="kill")
@@ -193,14 +196,15 @@ class Agent:
 
     # ---------------------------------------------------------------------------------------------------------- child
 
-    async def _train(self, wish: act.StartChild, before: asyncio.Task[None] | None) -> None:
-        """One run of the child, from its inputs to the outbox.  Whatever goes wrong is an event."""
-        if before is not None:
-            await asyncio.wait([before])
+    async def _train(self, wish: act.StartChild) -> None:
+        """One run of the child, from its inputs to the outbox.  However it goes, it ends in exactly one event."""
         plan = wish.plan
         self.progress = Progress(job=plan.job, round=plan.round, attempt=plan.attempt, phase="loading")
         try:
             task = await self._task(wish)
+            if self._stop_reason:
+                self.tell(ev.ChildFailed(reason=f"stopped before it began: {self._stop_reason}"))
+                return
             ending = await self.supervisor.run(task, self._child_said)
             match ending:
                 case child.Finished():
@@ -360,10 +364,12 @@ class Agent:
     async def _timer(self) -> None:
         while True:
             self._timer_moved.clear()
-            due = [at for at in (self.core.wake_at, self.exchange.wake_at, self.uploads.wake_at) if at is not None]
+            transfers = [self.exchange.wake_at, self.uploads.wake_at] if self.connected else []
+            due = [at for at in (self.core.wake_at, *transfers) if at is not None]
             wait_s = min(max(0.0, min(due) - self.clock()), 1.0) if due else 1.0
             try:
-                await asyncio.wait_for(self._timer_moved.wait(), wait_s)
+                async with asyncio.timeout(wait_s):  # wait_for can swallow a cancellation (Python 3.11)
+                    await self._timer_moved.wait()
             except TimeoutError:
                 self._tick()
 
@@ -380,7 +386,8 @@ class Agent:
         """Progress soon after it changed, but not too often; a bare sign of life otherwise."""
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._progress_due.wait(), self.config.heartbeat_s)
+                async with asyncio.timeout(self.config.heartbeat_s):
+                    await self._progress_due.wait()
             self._progress_due.clear()
             if self.connected:
                 self.outgoing.say(self._topic("progress"), self.progress, qos=0)

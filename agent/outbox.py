@@ -1,6 +1,7 @@
 """Finished updates on disk until the coordinator has them: a trained update outlives this process, the broker and the link.
 
-Per update two files, `{digest}.update` and `{digest}.json` (its Offer); the second appears last, so what is listed is whole.
+Per update two files, `{digest}.update` and `{digest}.json` (its Offer); the second appears last and goes first, so what is
+listed is whole.  An update file alone is what a kill between the two left: without its Offer nobody can use it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Outbox:
         self._paths: dict[str, Path] = {}
 
     def load(self) -> list[Offer]:
-        """Every update that is still owed, oldest first; a damaged entry is set aside and named in the log."""
+        """Every update that is still owed, oldest first; a damaged entry is set aside and named in the log.  Call it once."""
+        self._sweep()
         offers = []
         for path in sorted(self.folder.glob("*.json"), key=lambda p: p.stat().st_mtime):
             try:
@@ -67,6 +69,14 @@ class Outbox:
         if path is not None:
             path.with_suffix(".json").unlink(missing_ok=True)
             path.unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Delete what a kill left half done; both files of a damaged entry stay for whoever wants to know."""
+        for path in self.folder.glob("*.update"):
+            if not any(path.with_suffix(suffix).exists() for suffix in (".json", ".broken")):
+                path.unlink()
+        for path in self.folder.glob(".*.part"):
+            path.unlink()
 
     def _file(self, sha256: str) -> Path:
         return self.folder / f"{sha256}.update"

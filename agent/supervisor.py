@@ -43,6 +43,10 @@ ENVIRONMENT: Final = {
 """Set in the child unless the daemon's own environment says otherwise.  Downloads are the daemon's business (agent/bases.py)."""
 
 
+DYING_S: Final = 5.0
+"""How long a child that has closed its pipe may take to say by its exit code why."""
+
+
 class ChildConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the training child is kept.
 
@@ -106,10 +110,14 @@ class Supervisor:
             async with self._patience:
                 process = await self._alive()
                 _say(process, Run(task=task))
+                if self._stopping:  # while the child was starting
+                    _say(process, Stop(reason=self._stopping))
                 while not isinstance(event := await _hear(process), Finished | Failed):
                     on_event(event)
                     if not self._stopping:
                         self._be_patient(self._config.hang_s)
+                    # Reading what is buffered never suspends: a fast child would starve the loop.
+                    await asyncio.sleep(0)
             if _is_last(event):
                 await self.kill()
             return event
@@ -180,6 +188,8 @@ class Supervisor:
                 stdout=PIPE,
                 stderr=stderr,
                 env=self._environment(),
+                # Above twice this much unread output asyncio stops reading, and then never hears that the child has ended.
+                limit=child.MAX_FRAME_BYTES,
             )
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, process.pid, self._config.nice)
@@ -192,7 +202,10 @@ class Supervisor:
 
     async def _cause_of_death(self) -> str:
         assert self._process is not None
-        await self.kill()  # its pipe is closed, so it is of no use even if it lives
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DYING_S):
+                await self._process.wait()
+        await self.kill()  # without its pipe it is of no use even if it lives
         code = self._process.returncode or 0
         if code >= 0:
             return f"exit code {code}; its log has the rest"

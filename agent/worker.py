@@ -21,6 +21,7 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from pathlib import Path
 from queue import SimpleQueue
 from typing import BinaryIO, Final
@@ -51,7 +52,7 @@ class Mailbox:
 
     def listen(self) -> None:
         """Read commands until Quit or the end of the pipe.  Runs in its own thread."""
-        with contextlib.suppress(OSError, EOFError, msgspec.DecodeError):
+        try:
             while True:
                 match child.decode_command(read_frame(self._source)):
                     case Run(task=task):
@@ -61,11 +62,15 @@ class Mailbox:
                         self.why = reason or "stop"
                     case _:
                         break
+        except msgspec.DecodeError as error:
+            logger.error("unreadable command: %s", error, extra={"action": "garbled"})
+        except (OSError, EOFError):
+            pass  # the parent let go
         self.finish("quit")
 
     def finish(self, why: str) -> None:
         """Stop the running task and take no other.  Safe in a signal handler."""
-        self.why = why
+        self.why = why if why == child.SIGTERM else self.why or why
         self._tasks.put(None)
 
     def next(self) -> TrainTask | None:
@@ -91,7 +96,7 @@ class Worker:
         self.send(Ready(pid=os.getpid()))
         while (task := self._mailbox.next()) is not None:
             self.send(self._ending(task))
-            gc.collect()  # what a failed task's traceback held
+            release()
 
     def _ending(self, task: TrainTask) -> Ending:
         try:
@@ -132,6 +137,13 @@ class Worker:
         return self._trainers[name]
 
 
+def release() -> None:
+    """Give back what the task no longer needs, such as the tensors in a failed task's traceback: the host may want it."""
+    gc.collect()
+    if torch := sys.modules.get("torch"):
+        torch.cuda.empty_cache()
+
+
 def read_frame(source: BinaryIO) -> bytes:
     """One frame's body.  Raises EOFError at the end of the stream or for a length that is none of ours."""
     (length,) = child.LENGTH.unpack(_exactly(source, child.LENGTH.size))
@@ -169,6 +181,7 @@ def main() -> None:
     """Listen, work, exit."""
     source, sink = take_over_stdio()
     depend_on(int(sys.argv[1]))
+    warnings.simplefilter("ignore")  # the libraries' advice to their callers is not the operator's business
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     mailbox = Mailbox(source)
     signal.signal(signal.SIGTERM, lambda *_: mailbox.finish(child.SIGTERM))

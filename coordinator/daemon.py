@@ -23,22 +23,25 @@ from coordinator.core.fleet import Fleet, decode_state, encode_state
 from coordinator.core.state import ENDED
 from coordinator.presence import Presence
 from coordinator.store import Store
-from coordinator.work import RETRY_S, SOFTWARE, Work
+from coordinator.traffic import Traffic
+from coordinator.work import SOFTWARE, Work
 from protocol.blobs import Blobs
 from protocol.bus import Bus, Connected, Disconnected, Received, Will, mqtt_bus
 from protocol.daemon import Clock, OncePer, feed_watchdog, notify
 from protocol.errors import BadMessage, IllegalMove, Unavailable
-from protocol.exchange import Exchange, Lost, Outcome, Pulled
-from protocol.messages import CoordinatorState, Done, Grant, Offer, Progress, Rebirth, Refuse
+from protocol.messages import CoordinatorState, Grant, Offer, Progress, Rebirth, Refuse
 from protocol.outgoing import Outgoing
-from protocol.spool import Spool
 from protocol.topics import FromAgent, Topics
-from protocol.transfer import Receiving
 
 CLIENT_ID = "fedpipe-coordinator"
+DISK_RETRY_S = 5.0
 
 logger = logging.getLogger(__name__)
 Watcher = Callable[[list[ev.Happened], list[act.Wish]], None]
+
+
+Posted = tuple[ev.Happened, asyncio.Future[None] | None]
+"""A fact in the inbox, and who waits until it is journalled."""
 
 
 class Coordinator:
@@ -60,26 +63,24 @@ class Coordinator:
         self.bus_fault = "not connected yet"
         self.watchers: set[Watcher] = set()
         self.bus = bus or mqtt_bus(config.broker, f"{CLIENT_ID}-{config.fleet}", self._will)
-        self.exchange = Exchange(
+        self.traffic = Traffic(
+            config,
             bus=self.bus,
-            spool=Spool(self.blobs, max_bytes=config.transfer.max_update_bytes),
-            receiving=Receiving(
-                window=config.transfer.window,
-                budget_bytes=config.transfer.budget_bytes,
-                timeout_s=config.transfer.timeout_s,
-            ),
+            blobs=self.blobs,
             clock=self.clock,
-            say=self._say_transfer,
-            chunk_topic=self.topics.down_chunk,
-            source=self._served_file,
-            outcome=self._transfer_ended,
+            outgoing=self.outgoing,
+            topics=self.topics,
+            work=self.work,
+            tell=self.tell,
+            spawn=self._spawn,
         )
-        self._inbox: asyncio.Queue[tuple[ev.Happened, asyncio.Future[None] | None]] = asyncio.Queue()
+        self.exchange = self.traffic.exchange
+        self._inbox: asyncio.Queue[Posted] = asyncio.Queue()
         self._timer_moved = asyncio.Event()
-        self._fetching: dict[tuple[str, str], act.Fetch] = {}
-        self._served: dict[str, str] = {}
+        self._folding: dict[str, act.Aggregate] = {}
         self._slow: dict[str, asyncio.Task[None]] = {}
         self._complaints = OncePer()
+        self._rebirths = OncePer(config.heartbeat_s)
         self.n_bad_messages = 0
 
     # ------------------------------------------------------------------------------------------------------ lifecycle
@@ -153,37 +154,58 @@ class Coordinator:
             await self._take(batch)
             self._timer_moved.set()
 
-    async def _take(self, batch: list[tuple[ev.Happened, asyncio.Future[None] | None]]) -> None:
+    async def _take(self, batch: list[Posted]) -> None:
+        """Journal a batch in one commit, handle it, perform what follows."""
         now = self.clock()
-        try:
-            seqs = await asyncio.to_thread(self.store.append, [(now, event) for event, _ in batch])
-        except Unavailable as error:
-            logger.error("%s", error, extra={"action": "journal_refused", "events": len(batch)})
-            for _, done in batch:
-                if done and not done.done():
-                    done.set_exception(error)
-            notify(STATUS=f"disk: {error}")
-            return
+        seqs = await self._journal(batch, now)
         wishes: list[act.Wish] = []
         for seq, (event, done) in zip(seqs, batch, strict=True):
-            wishes += self._handle(seq, event, now)
+            handled = self._handle(seq, event, now)
             if done and not done.done():
                 done.set_result(None)
+            if handled is None:  # the recovery replayed the rest of the batch
+                wishes = self.fleet.resume(now)
+                break
+            wishes += handled
         for wish in wishes:
             self._perform(wish)
+        events = [event for event, _ in batch]
+        for aggregated in (event for event in events if isinstance(event, ev.Aggregated)):
+            self._forget_updates(aggregated)
         for watcher in list(self.watchers):
-            watcher([event for event, _ in batch], wishes)
+            watcher(events, wishes)
         if any(isinstance(wish, act.Record | act.Finish) for wish in wishes):
-            await asyncio.to_thread(self.store.save_snapshot, self._seq, encode_state(self.fleet.state))
+            await self._snapshot()
 
-    def _handle(self, seq: int, event: ev.Happened, now: float) -> list[act.Wish]:
+    async def _journal(self, batch: list[Posted], now: float) -> list[int]:
+        """Make a batch durable, however long the disk refuses; who waits for an answer is told so and may come again."""
+        while True:
+            try:
+                return await asyncio.to_thread(self.store.append, [(now, event) for event, _ in batch])
+            except Unavailable as error:
+                logger.error("%s", error, extra={"action": "journal_refused", "events": len(batch)})
+                notify(STATUS=f"disk: {error}")
+                for _, done in batch:
+                    if done and not done.done():
+                        done.set_exception(error)
+                batch[:] = [(event, done) for event, done in batch if done is None]
+                await asyncio.sleep(DISK_RETRY_S)
+
+    async def _snapshot(self) -> None:
+        try:
+            await asyncio.to_thread(self.store.save_snapshot, self._seq, encode_state(self.fleet.state))
+        except Unavailable as error:  # the journal holds everything; only the next restart takes longer
+            logger.error("%s", error, extra={"action": "snapshot_refused"})
+
+    def _handle(self, seq: int, event: ev.Happened, now: float) -> list[act.Wish] | None:
+        """What the core wishes; None when it could not take the event and was recovered without it."""
         try:
             wishes = self.fleet.handle(event, now)
         except (IllegalMove, AssertionError, LookupError, ValueError):
             logger.exception("the core refused an event", extra={"action": "poison", "event": type(event).__name__})
             self.store.poison(seq)
             self.fleet, self._seq = self._recover()
-            return self.fleet.resume(now)
+            return None
         self._seq = seq
         logger.debug("%s -> %s", type(event).__name__, [type(w).__name__ for w in wishes], extra={"action": "handled"})
         return wishes
@@ -206,22 +228,17 @@ class Coordinator:
             case act.MakePlan():
                 self.tell(self.work.plan(wish, self.fleet.state.jobs[wish.job]))
             case act.Fetch():
-                self._fetching[wish.agent, wish.offer.blob.xfer] = wish
-                self._fetch(wish)
+                self.traffic.fetch(wish)
             case act.Acknowledge(agent=agent, xfer=xfer):
-                self.outgoing.say(self.topics.down(agent, "grant"), Done(xfer=xfer))
+                self.traffic.acknowledge(agent, xfer)
             case act.Decline(agent=agent, xfer=xfer, reason=reason):
-                self._fetching.pop((agent, xfer), None)
-                self.exchange.stop_pulling(agent, xfer)
-                self.outgoing.say(self.topics.down(agent, "grant"), Refuse(xfer=xfer, reason=reason[:2000]))
-                logger.warning("update declined", extra={"action": "declined", "agent": agent, "reason": reason})
+                self.traffic.decline(agent, xfer, reason)
             case act.Aggregate():
                 self._spawn(f"fold/{wish.job}/{wish.round}/{wish.attempt}", self._fold(wish))
             case act.Serve(blob=blob):
-                self.exchange.sending.add(blob)
-                self._served[blob.xfer] = blob.sha256
+                self.traffic.serve(blob)
             case act.Record(job=job, record=record):
-                self.store.record(job, record)
+                self._spawn(f"record/{job}/{record.round}/{record.attempt}", self.work.record(job, record))
                 logger.info(
                     "round closed",
                     extra={
@@ -251,43 +268,14 @@ class Coordinator:
         self._slow[name].add_done_callback(lambda _: self._slow.pop(name, None))
 
     async def _fold(self, wish: act.Aggregate) -> None:
-        done = await self.work.fold(wish)
-        await self.post(done)
-        if isinstance(done, ev.Aggregated):
-            self.work.forget_updates(wish)
+        self._folding[wish.job] = wish
+        self.tell(await self.work.fold(wish))
 
-    # -------------------------------------------------------------------------------------------------------- uploads
-
-    def _fetch(self, wish: act.Fetch) -> None:
-        blob = wish.offer.blob
-        if self.blobs.has(blob.sha256):
-            self._spawn(f"judge/{wish.agent}/{blob.xfer}", self._judge(wish))
-        else:
-            self.exchange.pull(wish.agent, blob)
-
-    async def _transfer_ended(self, end: Outcome) -> None:
-        wish = self._fetching.get((end.peer, end.blob.xfer))
-        if wish is None:
-            return
-        match end:
-            case Pulled():
-                await self._judge(wish)
-            case Lost(temporary=True, reason=reason):
-                logger.warning("update not here yet: %s", reason, extra={"action": "lost", "agent": end.peer})
-                refuse = Refuse(xfer=end.blob.xfer, reason=reason[:2000], retry_after_s=RETRY_S)
-                self.outgoing.say(self.topics.down(end.peer, "grant"), refuse)
-            case Lost(reason=reason):
-                self.tell(ev.UpdateSpoiled(agent=end.peer, offer=wish.offer, reason=f"bad update: {reason}"))
-
-    async def _judge(self, wish: act.Fetch) -> None:
-        kind = self.work.kind_of(self.fleet.state.jobs[wish.offer.job])
-        verdict = await self.work.judge(wish, kind)
-        self._fetching.pop((wish.agent, wish.offer.blob.xfer), None)
-        self.tell(verdict)
-
-    def _served_file(self, xfer: str) -> Path | None:
-        sha256 = self._served.get(xfer)
-        return self.blobs.path(sha256) if sha256 else None
+    def _forget_updates(self, done: ev.Aggregated) -> None:
+        """Their aggregate is journalled: the updates of a round have done their duty."""
+        wish = self._folding.get(done.job)
+        if wish and (wish.round, wish.attempt) == (done.round, done.attempt):
+            self.work.forget_updates(self._folding.pop(done.job))
 
     # ------------------------------------------------------------------------------------------------------------ bus
 
@@ -296,9 +284,6 @@ class Coordinator:
 
     def _will(self) -> Will:
         return self.outgoing.will(self.topics.coordinator_state(), self._state(online=False))
-
-    def _say_transfer(self, peer: str, message: Grant | Done | Refuse) -> None:
-        self.outgoing.say(self.topics.down(peer, "grant"), message)
 
     async def _read(self) -> None:
         while True:
@@ -349,7 +334,10 @@ class Coordinator:
             case Grant() as grant:
                 self.exchange.granted(agent, grant)
                 return
-            case Offer() as offer if (agent, offer.blob.xfer) in self._fetching:
+            case Refuse(xfer=xfer, reason=reason):
+                self.traffic.withdrawn(agent, xfer, reason)
+                return
+            case Offer(blob=blob) if self.traffic.is_fetching(agent, blob.xfer):
                 return  # being pulled already; the journal need not hear of every repetition
         event = intake.to_event(agent, envelope)
         if isinstance(event, ev.AgentLeft):
@@ -365,7 +353,7 @@ class Coordinator:
         self.presence.heard(agent, now, progress)
         known = self.fleet.state.agents.get(agent)
         unknown = known is None or not known.online or known.session != session
-        if unknown and self._complaints(f"rebirth {agent}", now) is not None:
+        if unknown and self._rebirths(agent, now) is not None:
             self.outgoing.say(self.topics.down(agent, "cmd"), Rebirth())
 
     # ----------------------------------------------------------------------------------------------------------- time
@@ -376,7 +364,8 @@ class Coordinator:
             due = [at for at in (self.fleet.wake_at, self.exchange.wake_at) if at is not None]
             wait_s = min(max(0.0, min(due) - self.clock()), 1.0) if due else 1.0
             try:
-                await asyncio.wait_for(self._timer_moved.wait(), wait_s)
+                async with asyncio.timeout(wait_s):  # wait_for can swallow a cancellation (Python 3.11)
+                    await self._timer_moved.wait()
             except TimeoutError:
                 self._tick()
 

@@ -34,6 +34,10 @@ class News(msgspec.Struct, frozen=True, kw_only=True, tag_field="event"):
     at: float
 
 
+class Listening(News, frozen=True, kw_only=True, tag="listening"):
+    """You hear everything from here on: what was before is in the views."""
+
+
 class JobMoved(News, frozen=True, kw_only=True, tag="job"):
     """A job entered a phase; `round` counts finished rounds."""
 
@@ -82,7 +86,7 @@ class Missed(News, frozen=True, kw_only=True, tag="missed"):
     n: int
 
 
-AnyNews = JobMoved | ShareMoved | AgentMoved | RoundClosed | Progressed | Missed
+AnyNews = Listening | JobMoved | ShareMoved | AgentMoved | RoundClosed | Progressed | Missed
 
 
 def news(events: Iterable[ev.Happened], wishes: Iterable[act.Wish], state: FleetState, now: float) -> list[AnyNews]:
@@ -168,7 +172,8 @@ class Listener:
     async def take(self, timeout_s: float) -> list[AnyNews]:
         """Everything that waits, or nothing after `timeout_s`; what was lost is said first."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._moved.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._moved.wait()
         if not self.closed:
             self._moved.clear()
         taken: list[AnyNews] = list(self._waiting)
@@ -221,7 +226,7 @@ class Feed:
         said: dict[str, Progress] = {}
         spoke_at = progress_at = clock()
         with self.listen() as listener:
-            yield b": listening\n\n"
+            yield sse(Listening(at=spoke_at))
             while not listener.closed:
                 batch = await listener.take(PROGRESS_S)
                 now = clock()

@@ -5,13 +5,15 @@
     rounds, versions  what people ask for later, written by idempotent actions
 
 Measured on a common disk: one commit takes about 4 ms whatever it holds, so events are committed in groups.
-A row that makes the core raise is marked as poison and skipped by every later replay.
+A row that makes the core raise, or that cannot be read, is marked as poison and skipped by every later replay.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sqlite3
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +64,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     event: Happened
 
 
+logger = logging.getLogger(__name__)
+
 _encode = msgspec.msgpack.Encoder().encode
 _event = msgspec.msgpack.Decoder(Happened).decode
 _record = msgspec.msgpack.Decoder(RoundRecord).decode
@@ -71,26 +75,34 @@ _blob = msgspec.msgpack.Decoder(Blob).decode
 class Store:
     """Opens (and creates) the database; `:memory:` keeps it in memory.  Not for concurrent use by two coordinators.
 
-    Raises BadConfig for a database of a newer version, Unavailable when the disk refuses: nothing is half written then.
+    Any thread may call it; writes take turns.  Raises BadConfig for a file that is no database or one of a newer version,
+    Unavailable when the disk refuses: nothing is half written then, and the next call may succeed.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
+        self._lock = threading.Lock()
         with self._disk():
             self._db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            found = int(self._db.execute("PRAGMA user_version").fetchone()[0])
-            if found > SCHEMA_VERSION:
-                raise BadConfig(
-                    f"{self.path} was written by a newer fedpipe (format {found}): install that version again"
-                )
-            self._db.executescript(_SCHEMA)
-            self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+            try:
+                self._open()
+            except BaseException:
+                self._db.close()
+                raise
+
+    def _open(self) -> None:
+        found = int(self._db.execute("PRAGMA user_version").fetchone()[0])
+        if found > SCHEMA_VERSION:
+            raise BadConfig(f"{self.path} was written by a newer fedpipe (format {found}): install that version again")
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.executescript(_SCHEMA)
+        self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
     def close(self) -> None:
         """Close the file; what was appended is durable already."""
-        self._db.close()
+        with self._lock:
+            self._db.close()
 
     # ------------------------------------------------------------------------------------------------------ journal
 
@@ -108,11 +120,19 @@ class Store:
                 for at, event in events
             ]
 
-    def replay(self, after: int = 0) -> Iterator[Entry]:
-        """The journal from a place on, without poison, in order."""
-        rows = self._db.execute("SELECT seq, at, body FROM journal WHERE seq > ? AND poison = 0 ORDER BY seq", (after,))
+    def replay(self, after: int = 0, before: int = 2**62) -> Iterator[Entry]:
+        """The journal between two places, both exclusive, without poison, in order."""
+        rows = self._db.execute(
+            "SELECT seq, at, body FROM journal WHERE seq > ? AND seq < ? AND poison = 0 ORDER BY seq", (after, before)
+        )
         for seq, at, body in rows:
-            yield Entry(seq=seq, at=at, event=_event(body))
+            try:
+                event = _event(body)
+            except msgspec.DecodeError as error:
+                logger.error("a journal row is unreadable: %s", error, extra={"action": "poison", "seq": seq})
+                self.poison(seq)
+                continue
+            yield Entry(seq=seq, at=at, event=event)
 
     def last_at(self) -> float:
         """When the last journalled event happened (seconds since the epoch); 0 for an empty journal."""
@@ -172,15 +192,22 @@ class Store:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # on a full disk SQLite may have rolled back by itself
+                self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
         try:
-            yield
+            with self._lock:
+                yield
         except sqlite3.OperationalError as error:
-            free = shutil.disk_usage(Path(self.path).parent).free if self.path != ":memory:" else 0
-            raise Unavailable(f"{self.path}: {error} ({free / 1e6:.0f} MB free): make room, then it goes on") from error
+            folder = Path(self.path).parent
+            free = f" ({shutil.disk_usage(folder).free / 1e6:.0f} MB free)" if folder.is_dir() else ""
+            raise Unavailable(f"{self.path}: {error}{free}: make room or check the disk, then it goes on") from error
+        except sqlite3.DatabaseError as error:
+            if type(error) is not sqlite3.DatabaseError:
+                raise
+            raise BadConfig(f"{self.path}: {error}: restore it from a copy, or move it away to start afresh") from error

@@ -61,8 +61,10 @@ def answer(body: object, status: int = 200) -> Response:
     return Response(msgspec.json.encode(body), status, media_type="application/json")
 
 
-def _refuse(_request: Request, error: Exception) -> Response:
+def _refuse(request: Request, error: Exception) -> Response:
     match error:
+        case HTTPException(status_code=404, detail="Not Found"):
+            return answer({"error": f"there is nothing at {request.url.path[:200]!r}"}, 404)
         case HTTPException(status_code=status, detail=detail):
             return answer({"error": detail}, status)
         case Taken():

@@ -15,7 +15,7 @@ from coordinator import folding
 from coordinator.config import CoordinatorConfig
 from coordinator.core import actions as act
 from coordinator.core import events as ev
-from coordinator.core.state import JobState
+from coordinator.core.state import JobState, RoundRecord
 from coordinator.exporting import export_version, pick
 from coordinator.planner import fixed
 from coordinator.store import Store, Version
@@ -71,22 +71,33 @@ class Work:
             else:
                 return done
 
+    async def record(self, job: str, record: RoundRecord) -> None:
+        """Write down how a round ended; a full disk is waited out."""
+        while True:
+            try:
+                self._store.record(job, record)
+            except Unavailable as error:
+                logger.error("%s", error, extra={"action": "disk", "job": job})
+                await asyncio.sleep(RETRY_S)
+            else:
+                return
+
     def forget_updates(self, wish: act.Aggregate) -> None:
         """Delete updates whose aggregate is journalled."""
         for contribution in wish.contributions:
             self._blobs.delete(contribution.sha256)
 
-    async def judge(self, wish: act.Fetch, kind: str) -> ev.UpdateStored | ev.UpdateSpoiled:
+    async def judge(self, wish: act.Fetch) -> ev.UpdateStored | ev.UpdateSpoiled:
         """Whether a complete update fits its plan; it counts only then."""
         try:
-            await asyncio.to_thread(self._check, wish, kind)
+            await asyncio.to_thread(self._check, wish)
         except (BadUpdate, OSError) as error:
             self._blobs.delete(wish.offer.blob.sha256)
             return ev.UpdateSpoiled(agent=wish.agent, offer=wish.offer, reason=f"bad update: {error}")
         return ev.UpdateStored(agent=wish.agent, offer=wish.offer)
 
-    def _check(self, wish: act.Fetch, kind: str) -> None:
-        offer = wish.offer
+    def _check(self, wish: act.Fetch) -> None:
+        offer, kind = wish.offer, methods.load(wish.method, self._config.allow_methods).kind
         if offer.kind != kind:
             raise BadUpdate(f"an update of kind {offer.kind!r} where {kind!r} was planned")
         update = open_update(
@@ -99,10 +110,6 @@ class Work:
         )
         update.check(wish.ranks, {m.name: (m.d_out, m.d_in) for m in wish.matrices})
         update.check_values()
-
-    def kind_of(self, job: JobState) -> str:
-        """The kind of update that a job's method passes."""
-        return methods.load(job.spec.job.method, self._config.allow_methods).kind
 
     async def export(self, job: JobState, folder: Path) -> None:
         """Write a job's newest version as a PEFT directory; a job without any leaves none."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from agent.data import DataConfig, Example
 from agent.data import split as splitting
-from fedpipe.report import Sample
+from fedpipe.outcome import Sample
 
 N_NEW_TOKENS = 32
 
@@ -28,14 +28,15 @@ def complete(base: Path, adapter: Path, data: Mapping[str, DataConfig], seed: in
     from agent.loading import quiet
 
     quiet()
-    chosen = [found[0] for config in list(data.values())[:3] if (found := held_out(config, seed, ratio))]
+    firsts = {agent: held_out(config, seed, ratio) for agent, config in list(data.items())[:3]}
+    chosen = {agent: found[0] for agent, found in firsts.items() if found}
     tokenizer = AutoTokenizer.from_pretrained(base)
-    texts = [render(example, tokenizer) for example in chosen]
+    texts = [render(example, tokenizer) for example in chosen.values()]
     prompts = [prompt_ids(prompt, tokenizer, is_templated=False) for prompt, _ in texts]
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     before = greedy(model, tokenizer, prompts, N_NEW_TOKENS)
     after = greedy(PeftModel.from_pretrained(model, adapter).eval(), tokenizer, prompts, N_NEW_TOKENS)
     return [
-        Sample(prompt=prompt, reference=reference.strip(), before=b.strip(), after=a.strip())
-        for (prompt, reference), b, a in zip(texts, before, after, strict=True)
+        Sample(agent=agent, prompt=prompt, reference=reference.strip(), before=b.strip(), after=a.strip())
+        for agent, (prompt, reference), b, a in zip(chosen, texts, before, after, strict=True)
     ]

@@ -23,7 +23,6 @@ import inspect
 import json
 import random
 import re
-import sys
 import sysconfig
 import warnings
 from collections import Counter
@@ -52,12 +51,15 @@ MIN_WORDS: Final = 4
 Progress = Callable[[int, int], None]
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
-_ROLE = re.compile(r"(?::[\w:.+-]+:)?``?[~.]*([^`<]*?)\s*(?:<[^`]*>)?``?")
-_EMPHASIS = re.compile(r"\*{1,2}(\w+)\*{1,2}")
-_LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
-_SENTENCE = re.compile(r"(?<=[a-z0-9)\"'])\.(?=\s|$)")
+_MARKUP = re.compile(
+    r"\[(?P<link>[^\]]*)\]\([^)]*\)"  # Markdown
+    r"|(?<!\w)\[(?P<tilde>~?)(?P<name>[A-Za-z_][\w.]*)\]"  # transformers' references
+    r"|(?::[\w:.+-]+:)?``?(?P<short>~?)\.?(?P<code>[^`<]*?)\s*(?:<[^`]*>)?``?"  # reStructuredText
+    r"|\*{1,2}(?P<strong>[\w.]+)\*{1,2}"
+)
+_SENTENCE = re.compile(r"(?<=[a-z0-9)\"'])(?<!\bi\.e)(?<!\be\.g)(?<!\betc)(?<!\bvs)\.(?=\s|$)")
 _NOISE = re.compile(
-    r">>>|\.\. |https?:|@|\||---|todo|fixme|xxx|optional\*|^\W"
+    r">>>|\.\. |https?:|@|\||---|todo|fixme|xxx|^\w+ \([^)]*\)\s?:|, optional|^\W"
     r"|^(see|alias|same as|deprecated|copied|test)\b|^(args|arguments|parameters|params|returns?|yields|notes?|examples?)\s?[:-]",
     re.IGNORECASE,
 )
@@ -117,10 +119,12 @@ def shards(n: int, *, limit: int = 3000, seed: int = 0, progress: Progress | Non
     """
     found: dict[str, list[Pair]] = {}
     seen: set[str] = set()
-    for package in packages():
+    candidates = packages()
+    n_each = limit * -(-n // max(1, len(candidates)))
+    for package in candidates:
         if len(found) == n:
             break
-        pairs = [p for p in mine(package, seed=seed, limit=2 * limit) if p.completion.casefold() not in seen]
+        pairs = [p for p in mine(package, n_each, seed=seed) if p.completion.casefold() not in seen]
         if len(pairs) >= MIN_PAIRS:
             found[package] = pairs
             seen |= {p.completion.casefold() for p in pairs}
@@ -214,8 +218,16 @@ def _sentence(docstring: str, name: str) -> str:
     paragraphs = [" ".join(p.split()) for p in inspect.cleandoc(docstring).split("\n\n")]
     if len(paragraphs) > 1 and re.match(rf"[\w.]*{re.escape(name)}\s*\(", paragraphs[0]):
         del paragraphs[0]  # numpy repeats the signature there
-    text = _EMPHASIS.sub(r"\1", _ROLE.sub(r"\1", _LINK.sub(r"\1", paragraphs[0] if paragraphs else "")))
+    first = (paragraphs[0] if paragraphs else "").replace("[`", "`").replace("`]", "`")
+    text = _MARKUP.sub(_plain, first)
     text = _SENTENCE.split(text, maxsplit=1)[0].strip().rstrip(".:") + "."
     fits = MIN_COMPLETION_CHARS <= len(text) <= MAX_COMPLETION_CHARS and len(text.split()) >= MIN_WORDS
     letters = sum(c.isalpha() or c == " " for c in text) / max(1, len(text))
     return text if fits and text.isascii() and letters > 0.8 and not _NOISE.search(text) else ""
+
+
+def _plain(found: re.Match[str]) -> str:
+    """Return what a reader sees of a piece of markup; `~a.b.C` is shown as C."""
+    part = found.groupdict()
+    text = part["link"] or part["name"] or part["code"] or part["strong"] or ""
+    return text.rpartition(".")[2] if part["tilde"] or part["short"] else text

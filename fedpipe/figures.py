@@ -1,4 +1,4 @@
-"""Numbers as people read them: short, with their unit, always the same width class."""
+"""Numbers and foreign text as people read them: numbers short and with their unit, text without surprises."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import math
 
 
 def size_text(n_bytes: float) -> str:
-    """Bytes in decimal units with three digits: 999 B, 1.23 MB, 45.6 GB; nothing for none."""
+    """Bytes in decimal units with two digits at least: 999 B, 1.2 MB, 456 GB; nothing for none."""
     if n_bytes <= 0:
         return ""
     if n_bytes < 1000:
         return f"{n_bytes:.0f} B"
-    for unit in ("kB", "MB", "GB", "TB"):
-        n_bytes /= 1000
-        if n_bytes < 999.5:
-            break
-    digits = 2 if n_bytes < 9.995 else 1 if n_bytes < 99.95 else 0
-    return f"{n_bytes:.{digits}f} {unit}"
+    power = min(4, int(math.log10(n_bytes) + 0.0003) // 3)  # 999.5 kB reads 1.0 MB
+    value = n_bytes / 1000**power
+    return f"{value:.{1 if value < 9.95 else 0}f} {('', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def duration_text(seconds: float) -> str:
@@ -32,6 +29,11 @@ def duration_text(seconds: float) -> str:
 def loss_text(loss: float | None) -> str:
     """A loss with three decimals; a dash where there is none."""
     return "–" if loss is None or not math.isfinite(loss) else f"{loss:.3f}"
+
+
+def plain(text: str) -> str:
+    """Text from elsewhere for a terminal: one line, and no character that could steer the terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def sparkline(values: list[float]) -> str:

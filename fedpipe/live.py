@@ -21,9 +21,12 @@ from rich.text import Text
 
 from coordinator.core.state import Phase, RoundRecord
 from coordinator.views import FleetView, JobView, MemberView, ShareView, mean_loss
-from fedpipe.figures import duration_text, loss_text, size_text, sparkline
+from fedpipe.figures import duration_text, loss_text, plain, size_text, sparkline
 
-BAR_COLUMNS: Final = 14
+BAR_COLUMNS: Final = 16
+WIDTHS: Final = {"loss": 5, "up": 6, "down": 6, "time": 5}
+"""Columns whose figures come and go while the picture stands."""
+
 MAX_AGENTS: Final = 16
 MAX_ROUNDS: Final = 10
 MAX_NOTES: Final = 4
@@ -83,12 +86,12 @@ def head(job: JobView, fleet: FleetView, now: float) -> RenderableType:
     broker = fleet.broker
     link = Text(f"broker {broker.address}", style="dim") if broker.connected else Text("no broker", style="bold red")
     elapsed = duration_text((job.ended_at or now) - job.submitted_at)
-    grid = Table.grid(expand=True)
+    grid = Table.grid(expand=True, padding=(0, 1))
     grid.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
     grid.add_column(justify="right", no_wrap=True)
-    title = Text.assemble((job.name, "bold"), (f"   {job.method} on {_short(job.base)}", "dim"))
+    title = Text.assemble((job.name, "bold"), (f"   {job.method} on {_short(plain(job.base))}", "dim"))
     grid.add_row(title, Text.assemble((f"fleet {fleet.fleet}, ", "dim"), link))
-    grid.add_row(Text(job.text, style=PHASE_COLOURS.get(job.phase, "cyan")), Text(f"{elapsed} elapsed"))
+    grid.add_row(Text(plain(job.text), style=PHASE_COLOURS.get(job.phase, "cyan")), Text(f"{elapsed} elapsed"))
     return Group(grid, _way(job))
 
 
@@ -98,13 +101,13 @@ def _short(source: str) -> str:
 
 def _way(job: JobView) -> RenderableType:
     """Rounds done as a bar, then the mean held-out loss of every version that was measured."""
-    grid = Table.grid(padding=(0, 3, 0, 0))
-    bar = ProgressBar(total=job.n_rounds, completed=min(job.n_rounds, job.round + _fraction(job)), width=30)
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    bar = ProgressBar(total=job.n_rounds, completed=min(job.n_rounds, job.round + _fraction(job)), width=20)
     cells: list[RenderableType] = [bar, Text(f"{job.round} of {job.n_rounds} rounds done")]
     losses = [loss for measured in job.evaluations.values() if (loss := mean_loss(measured)) is not None]
     if losses:
         way = loss_text(losses[0]) if len(losses) == 1 else f"{loss_text(losses[0])} → {loss_text(losses[-1])}"
-        cells.append(Text.assemble("held-out loss ", (way, "bold"), "  ", (sparkline(losses), "cyan")))
+        cells.append(Text.assemble("held-out loss ", (way, "bold"), " ", (sparkline(losses), "cyan")))
     grid.add_row(*cells)
     return grid
 
@@ -199,18 +202,20 @@ def _idle_row(agent: str, member: MemberView, phase: str) -> Row:
         return Row(agent, "out", note=member.excluded)
     if member.survey in {"", "DONE"}:
         return Row(agent, "idle")
-    return Row(agent, "surveyed", figure=phase)
+    return Row(agent, "survey", figure=phase)
 
 
 def agents_table(rows: list[Row], max_agents: int) -> RenderableType:
     """The agents' lines; of too many, those at work first, and the rest as a count."""
+    if not rows:
+        return Text("no agent is in the job yet", style="dim")
     table = _table()
-    table.add_column("agent", max_width=16, overflow="ellipsis", no_wrap=True)
+    table.add_column("agent", max_width=18, overflow="ellipsis", no_wrap=True)
     table.add_column("state", min_width=9, no_wrap=True)
-    table.add_column("progress", width=BAR_COLUMNS, no_wrap=True)
-    table.add_column("", min_width=10, no_wrap=True)
+    table.add_column("progress", max_width=BAR_COLUMNS)  # the one that gives way in a narrow terminal
+    table.add_column("", min_width=8, no_wrap=True)
     for name in ("samples", "loss", "up", "down", "time", "held-out"):
-        table.add_column(name, justify="right", no_wrap=True, min_width=len(name) if name != "time" else 5)
+        table.add_column(name, justify="right", no_wrap=True, min_width=WIDTHS.get(name))
     shown = rows
     if len(rows) > max_agents:
         shown = sorted(sorted(rows, key=lambda row: row.state not in BUSY)[:max_agents])
@@ -228,13 +233,11 @@ def _cells(row: Row) -> Iterator[RenderableType]:
     yield Text(row.agent, style="bold" if row.state in BUSY else "")
     yield Text(row.state.lower().replace("_", " "), style=colour)
     yield (
-        ProgressBar(
-            total=row.total, completed=row.done, width=BAR_COLUMNS, complete_style=colour, finished_style=colour
-        )
+        ProgressBar(total=row.total, completed=row.done, complete_style=colour, finished_style=colour)
         if row.total
         else Text()
     )
-    yield Text(row.figure)
+    yield Text(plain(row.figure))
     yield Text(f"{row.samples:,}" if row.samples else "")
     yield Text(loss_text(row.loss) if row.loss is not None else "")
     yield Text(size_text(row.bytes_up))
@@ -244,7 +247,7 @@ def _cells(row: Row) -> Iterator[RenderableType]:
 
 
 def _table() -> Table:
-    return Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", collapse_padding=True)
+    return Table(box=None, padding=(0, 1), pad_edge=False, header_style="dim", collapse_padding=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- rounds
@@ -264,7 +267,7 @@ def rounds_table(job: JobView, max_rounds: int) -> Table:
         ("time", "right"),
         ("held-out", "right"),
     ):
-        table.add_column(name, justify=justify, no_wrap=True, overflow="ellipsis", max_width=28)  # type: ignore[arg-type]
+        table.add_column(name, justify=justify, no_wrap=name != "outcome", max_width=36)  # type: ignore[arg-type]
     for record in job.history[-max_rounds:]:
         table.add_row(*round_cells(job, record))
     return table
@@ -278,7 +281,8 @@ def round_cells(job: JobView, record: RoundRecord) -> Iterator[RenderableType]:
     measured = job.evaluations.get(record.version + 1 if trained and counted else record.version, {})
     loss = mean_loss(measured) if counted else None
     yield Text(f"{record.round}" + (f".{record.attempt + 1}" if record.attempt else "") if trained else "final")
-    yield Text(record.outcome if trained else "measured", style="" if counted else "yellow")
+    style = "" if counted else "yellow"
+    yield Text(plain(record.outcome) if trained else "measured", style=style, no_wrap=True, overflow="ellipsis")
     yield Text(f"{len(done)}/{len(record.shares)}", style="" if len(done) == len(record.shares) else "yellow")
     yield Text(f"{sum(share.samples for share in done):,}" if trained else "")
     yield Text(loss_text(record.loss) if trained else "")
@@ -296,4 +300,4 @@ def notes(rows: list[Row], fleet: FleetView) -> list[Text]:
     lines = [] if fleet.broker.connected else [f"no broker: {fleet.broker.fault}"]
     lines += [f"{r.agent}: {r.note}" for r in rows if r.note and (r.state in BAD_ENDS | {"out"} or "offline" in r.note)]
     more = [f"and {len(lines) - MAX_NOTES} more"] if len(lines) > MAX_NOTES else []
-    return [Text(line, style="yellow", no_wrap=True, overflow="ellipsis") for line in lines[:MAX_NOTES] + more]
+    return [Text(plain(line), style="yellow", no_wrap=True, overflow="ellipsis") for line in lines[:MAX_NOTES] + more]

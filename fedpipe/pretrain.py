@@ -49,6 +49,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     hidden: int = 192
     intermediate: int = 512
     n_layers: int = 4
+    n_heads: int = 4
     vocabulary: int = 2048
     n_steps: int = 600
     batch: int = 32
@@ -168,8 +169,8 @@ def _llama(recipe: Recipe, tokenizer: Any) -> Any:
         hidden_size=recipe.hidden,
         intermediate_size=recipe.intermediate,
         num_hidden_layers=recipe.n_layers,
-        num_attention_heads=recipe.hidden // 64,
-        num_key_value_heads=recipe.hidden // 64,
+        num_attention_heads=recipe.n_heads,
+        num_key_value_heads=recipe.n_heads,
         max_position_embeddings=512,
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # texts are short
         initializer_range=0.05,
@@ -198,7 +199,7 @@ def _train(model: Any, rows: Sequence[Row], recipe: Recipe, progress: Progress |
         losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

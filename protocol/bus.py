@@ -52,7 +52,10 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class Connected:
-    """The broker has welcomed us and acknowledged every subscription.  A limit it did not name is the protocol's own."""
+    """The broker has welcomed us and acknowledged every subscription.
+
+    `mqtt_version` is 5, or 4 for MQTT 3.1.1.  A limit that the broker did not name is the protocol's own.
+    """
 
     mqtt_version: int
     max_packet_bytes: int

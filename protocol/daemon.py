@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -77,6 +78,7 @@ class Clock:
 # ---------------------------------------------------------------------------------------------------------------- logs
 
 _PRIORITY = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _STANDARD = frozenset(vars(logging.LogRecord("", 0, "", 0, "", (), None))) | {"message", "asctime", "taskName"}
 
 
@@ -88,11 +90,10 @@ class LineFormatter(logging.Formatter):
         self._journald = journald
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line, whatever the message holds; a traceback follows on lines of its own."""
+        """One line, whatever peers put into message and fields; a traceback follows on lines of its own."""
         extra = {k: v for k, v in vars(record).items() if k not in _STANDARD}
         fields = " ".join(f"{k}={v}" for k, v in sorted(extra.items()))
-        message = record.getMessage().replace("\n", " ")
-        line = f"{record.name}: {message}" + (f" | {fields}" if fields else "")
+        line = _CONTROL.sub(" ", f"{record.name}: {record.getMessage()}" + (f" | {fields}" if fields else ""))
         if self._journald:
             head = f"<{_PRIORITY.get(record.levelno, 6)}>"
         else:
@@ -102,12 +103,15 @@ class LineFormatter(logging.Formatter):
 
 
 def set_up_logging(level: str = "INFO") -> None:
-    """Log to stderr; `FEDPIPE_LOG_LEVEL` wins over `level`."""
+    """Log to stderr; `FEDPIPE_LOG_LEVEL` wins over `level`.  Raises BadConfig for a level that there is not."""
+    wanted = os.environ.get("FEDPIPE_LOG_LEVEL", level).upper()
+    if wanted not in logging.getLevelNamesMapping():
+        raise BadConfig(f"no log level {wanted!r}: use DEBUG, INFO, WARNING or ERROR")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LineFormatter(journald="JOURNAL_STREAM" in os.environ))
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(os.environ.get("FEDPIPE_LOG_LEVEL", level).upper())
+    root.setLevel(wanted)
 
 
 class OncePer:
@@ -188,14 +192,22 @@ def run(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
 
 
 def _exit_code(error: Exception) -> int:
-    first: BaseException = error
-    while isinstance(first, BaseExceptionGroup):
-        first = first.exceptions[0]
-    if not isinstance(first, OutsideFault):
+    group = error if isinstance(error, ExceptionGroup) else ExceptionGroup("", [error])
+    outside, ours = group.split(OutsideFault)
+    if ours:
         logger.error("stopped by a fault of our own", exc_info=error, extra={"action": "crashed"})
         return EX_SOFTWARE
+    first: BaseException | None = outside
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    assert isinstance(first, OutsideFault)
     logger.error("%s", first, extra={"action": "refused"})
-    match first:
+    return exit_code(first)
+
+
+def exit_code(fault: OutsideFault) -> int:
+    """What a command or daemon ends with for a fault from outside: 78 must not loop, 69 and 75 may."""
+    match fault:
         case BadConfig():
             return EX_CONFIG
         case Unavailable():

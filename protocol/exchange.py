@@ -36,7 +36,10 @@ class Pulled:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A blob is not here.  `temporary`: our disk or the peer's silence; a new offer may succeed and resumes."""
+    """A blob is not here.  `temporary`: our disk or the peer's silence; a new offer may succeed and resumes.
+
+    Otherwise it can never be had as it was offered: too big, impossible, or its bytes are not what its digest says.
+    """
 
     peer: str
     blob: Blob
@@ -48,12 +51,16 @@ class Lost:
 Outcome = Pulled | Lost
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Pull:
+    peer: str
     blob: Blob
     size: int | None
     sha256: str
-    partial: Partial | None
+    partial: Partial | None  # None once there is no file to write to
+
+    def lost(self, reason: str, *, temporary: bool = True) -> Lost:
+        return Lost(self.peer, self.blob, self.sha256, reason, temporary)
 
 
 class Exchange:
@@ -82,7 +89,7 @@ class Exchange:
         self._say, self._chunk_topic, self._source, self._outcome = say, chunk_topic, source, outcome
         self._pulls: dict[tuple[str, str], _Pull] = {}
         self._credit = asyncio.Event()
-        self._ends: asyncio.Queue[tuple[str, str, str]] = asyncio.Queue()
+        self._ends: asyncio.Queue[tuple[_Pull, Lost | None]] = asyncio.Queue()
 
     async def run(self) -> None:
         """Send what has credit and finish what is complete, until cancelled."""
@@ -94,17 +101,16 @@ class Exchange:
 
     def pull(self, peer: str, blob: Blob, *, size: int | None = None, sha256: str | None = None) -> None:
         """Have `blob` (or its prefix of `size` bytes and digest `sha256`) from `peer`; asking twice is asking once."""
-        key = (peer, blob.xfer)
-        if key in self._pulls and self._pulls[key].size == size:
+        known = self._pulls.get((peer, blob.xfer))
+        if known is not None and (known.blob, known.size) == (blob, size):
             return
+        pull = self._pulls[peer, blob.xfer] = _Pull(peer, blob, size, sha256 or blob.sha256, partial=None)
         try:
-            partial = self._spool.open(blob, size=size, owner=peer)
-            self._pulls[key] = _Pull(blob, size, sha256 or blob.sha256, partial)
-            self._perform(self.receiving.open(peer, blob, self._clock(), size=size, have=partial.have))
+            pull.partial = self._spool.open(blob, size=size, owner=peer)
+            self._perform(self.receiving.open(peer, blob, self._clock(), size=size, have=pull.partial.have))
         except (BadMessage, Unavailable) as error:
-            digest = sha256 or blob.sha256
-            self._pulls[key] = _Pull(blob, size, digest, partial=None)
-            self._ends.put_nowait((peer, blob.xfer, str(error)))
+            self._perform(self.receiving.close(peer, blob.xfer, self._clock()))  # of another geometry, perhaps
+            self._ends.put_nowait((pull, pull.lost(str(error), temporary=isinstance(error, Unavailable))))
 
     def stop_pulling(self, peer: str, xfer: str) -> None:
         """Not wanted any more; what is on disk is thrown away."""
@@ -123,8 +129,9 @@ class Exchange:
         try:
             pull.partial.write(index, data)
         except Unavailable as error:
+            pull.partial = None
             self._perform(self.receiving.close(peer, xfer, self._clock()))
-            self._ends.put_nowait((peer, xfer, str(error)))
+            self._ends.put_nowait((pull, pull.lost(str(error))))
             return
         self._perform(self.receiving.chunk(peer, xfer, index, len(data), self._clock()))
 
@@ -134,34 +141,31 @@ class Exchange:
                 case SendGrant(peer, grant):
                     self._say(peer, grant)
                 case Completed(peer, xfer):
-                    self._ends.put_nowait((peer, xfer, ""))
+                    self._ends.put_nowait((self._pulls[peer, xfer], None))
                 case GaveUp(peer, xfer, reason):
-                    self._ends.put_nowait((peer, xfer, reason))
+                    pull = self._pulls[peer, xfer]
+                    self._ends.put_nowait((pull, pull.lost(reason)))
 
     async def _finish(self) -> None:
         """One at a time: verifying reads the whole file, and the disk is one."""
         while True:
-            peer, xfer, fault = await self._ends.get()
-            pull = self._pulls.get((peer, xfer))
-            if pull is None:
-                continue
-            end: Outcome
-            if fault:
-                end = Lost(peer, pull.blob, pull.sha256, fault, temporary=True)
-            else:
-                end = await self._verified(peer, pull)
-            self._pulls.pop((peer, xfer), None)
-            await self._outcome(end)
+            pull, lost = await self._ends.get()
+            end = lost or (await self._verified(pull) if self._is_wanted(pull) else None)
+            if end and self._is_wanted(pull):
+                del self._pulls[pull.peer, pull.blob.xfer]
+                await self._outcome(end)
 
-    async def _verified(self, peer: str, pull: _Pull) -> Outcome:
+    def _is_wanted(self, pull: _Pull) -> bool:
+        """Not stopped, nor replaced by another geometry, since its end was noted."""
+        return self._pulls.get((pull.peer, pull.blob.xfer)) is pull
+
+    async def _verified(self, pull: _Pull) -> Outcome:
         assert pull.partial is not None, "only an open file completes"
         try:
             path = await asyncio.to_thread(pull.partial.finish, pull.sha256)
-        except BadMessage as error:
-            return Lost(peer, pull.blob, pull.sha256, str(error), temporary=False)
-        except Unavailable as error:
-            return Lost(peer, pull.blob, pull.sha256, str(error), temporary=True)
-        return Pulled(peer, pull.blob, pull.sha256, path)
+        except (BadMessage, Unavailable) as error:
+            return pull.lost(str(error), temporary=isinstance(error, Unavailable))
+        return Pulled(pull.peer, pull.blob, pull.sha256, path)
 
     # -------------------------------------------------------------------------------------------------------- sending
 
@@ -219,10 +223,7 @@ class Exchange:
 
 def _read(path: Path, offset: int, length: int) -> bytes:
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        with path.open("rb", buffering=0) as file:
+            return os.pread(file.fileno(), length, offset)
     except OSError:
         return b""
-    try:
-        return os.pread(descriptor, length, offset)
-    finally:
-        os.close(descriptor)

@@ -133,7 +133,7 @@ class Gpu(Value, frozen=True, kw_only=True):
     free_bytes: Count
     utilization_ratio: Ratio = 0.0
     n_other_processes: Count = 0
-    power_w: Seconds = 0.0
+    power_w: Annotated[float, Meta(ge=0, le=10**6)] = 0.0
     temperature_c: Annotated[float, Meta(ge=-300, le=10**4)] = 0.0
     compute: Annotated[str, Meta(max_length=16)] = ""
     mig: bool = False
@@ -159,7 +159,7 @@ class Report(Message, frozen=True, kw_only=True, tag="report"):
 class Progress(Message, frozen=True, kw_only=True, tag="progress"):
     """Heartbeat; with a round under way also how far it is.  Not journalled, may be lost."""
 
-    job: str = ""
+    job: Annotated[str, Meta(max_length=64)] = ""
     round: Count = 0
     attempt: Count = 0
     phase: Annotated[str, Meta(max_length=32)] = "idle"

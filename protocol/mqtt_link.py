@@ -99,7 +99,7 @@ class Link(aiomqtt.Client):
         self.address = address
         self.version = version
         self.lost: asyncio.Future[str] = self._loop.create_future()
-        self.deliver: Callable[[Received], object]
+        self.deliver: Callable[[Received], object] = lambda _: None
         self._welcome: Connected | None = None
         self._parting = 0
         self._answers: dict[int, asyncio.Future[list[int]]] = {}

@@ -9,6 +9,9 @@ Two things live here, and they are independent of each other:
 So a trained update is never lost to the next plan, and an upload never keeps the agent from training.  Times of a plan are
 relative: at stop_after_s the child is told to hand over what it has, at ttl_s the work is given up.  A plan that comes again
 (the coordinator repeats it at every birth) only moves these times.
+
+One child, one run: each StartChild is answered by exactly one ChildFinished or ChildFailed, also after a kill, and nothing
+else is begun before.  A plan that comes meanwhile waits, and its time runs.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ class Stage(StrEnum):
     FETCHING = "fetching"
     RUNNING = "running"
     STOPPING = "stopping"
+    KILLED = "killed"
 
 
 class Work:
@@ -61,7 +65,9 @@ class Session:
         self.outbox: dict[str, Offer] = {o.blob.xfer: o for o in outbox}
         self.work: Work | None = None
         self.waiting: Plan | None = None
+        self.stopping = False
         self.coordinator = ""
+        self._waiting_since = 0.0
         self._serial = 0
         self._now = 0.0
         self._out: list[act.Wish] = []
@@ -89,12 +95,14 @@ class Session:
             case ev.ChildFinished():
                 self._finished(event)
             case ev.ChildFailed():
-                self._end(ExecState.FAILED, event.reason)
+                self._failed(event)
             case ev.UpdateAccepted():
                 self._settled(event.xfer, ExecState.DONE, "")
             case ev.UpdateDeclined():
-                self._settled(event.xfer, ExecState.SUPERSEDED, event.reason)
+                superseded = event.reason.startswith("superseded")
+                self._settled(event.xfer, ExecState.SUPERSEDED if superseded else ExecState.FAILED, event.reason)
             case ev.StopAsked():
+                self.stopping, self.waiting = True, None
                 self._stop_work(event.reason, discard=False)
             case ev.BusDown() | ev.Tick():
                 pass
@@ -103,8 +111,8 @@ class Session:
 
     @property
     def wake_at(self) -> float | None:
-        """When the work must be stopped or given up; None without work."""
-        if self.work is None:
+        """When the work must be stopped or given up; None without work, or when only the end of a killed child is awaited."""
+        if self.work is None or self.work.stage is Stage.KILLED:
             return None
         return self.work.close_at if self.work.stage is Stage.STOPPING else self.work.stop_at
 
@@ -115,7 +123,8 @@ class Session:
 
     def check(self) -> None:
         """Assert what must hold between any two events."""
-        assert self.waiting is None or self.work is not None, "a plan waits for nothing"
+        ending = self.work is not None and self.work.stage in {Stage.STOPPING, Stage.KILLED}
+        assert self.waiting is None or ending, "a plan waits for nothing"
         at = self.wake_at
         assert at is None or at > self._now, f"wake_at {at} is not after {self._now}"
 
@@ -131,8 +140,7 @@ class Session:
     def _coordinator_seen(self, event: ev.CoordinatorSeen) -> None:
         if event.online and event.session != self.coordinator:
             known, self.coordinator = self.coordinator, event.session
-            if known:
-                self._restate(birth=True)
+            self._restate(birth=bool(known))  # of the first one it is not known what it heard of the words at BusUp
 
     def _say(self, state: ExecState, reason: str = "", plan: Plan | None = None) -> None:
         self._serial += 1
@@ -154,7 +162,10 @@ class Session:
     # --------------------------------------------------------------------------------------------------------- plans
 
     def _plan_came(self, plan: Plan) -> None:
-        if self.work and self.work.key == (plan.job, plan.round, plan.attempt) and not self.work.unwanted:
+        if self.stopping:
+            return  # it is given again at the next birth
+        if self._is_at_work_on(plan):
+            assert self.work is not None
             self.work.set_times(plan, self._now)
             self._say(self.work.state)
             return
@@ -167,14 +178,22 @@ class Session:
             )
             return
         if self.work:
-            self.waiting = plan
+            self.waiting, self._waiting_since = plan, self._now
             self._stop_work("superseded by a newer plan", discard=True)
             return
-        self._begin(plan)
+        self._begin(plan, self._now)
 
-    def _begin(self, plan: Plan) -> None:
+    def _is_at_work_on(self, plan: Plan) -> bool:
+        work = self.work
+        key = (plan.job, plan.round, plan.attempt)
+        return work is not None and work.key == key and not work.unwanted and work.stage is not Stage.KILLED
+
+    def _begin(self, plan: Plan, came_at: float) -> None:
         self.waiting = None
-        self.work = Work(plan, self._now)
+        if came_at + plan.stop_after_s <= self._now:
+            self._say(ExecState.TIMED_OUT, "no time was left to begin", plan)
+            return
+        self.work = Work(plan, came_at)
         self._say(ExecState.ACCEPTED)
         if plan.model is None:
             self._run("")
@@ -218,7 +237,7 @@ class Session:
 
     def _child_moved(self, event: ev.ChildBegan | ev.ChildEvaluated | ev.ChildSurveyed) -> None:
         work = self.work
-        if work is None or work.stage is Stage.FETCHING:
+        if work is None or work.stage in {Stage.FETCHING, Stage.KILLED}:
             return
         match event:
             case ev.ChildBegan():
@@ -235,16 +254,17 @@ class Session:
 
     def _finished(self, event: ev.ChildFinished) -> None:
         work = self.work
-        if work is None:
+        if work is None or work.stage is Stage.FETCHING:
             return
         if work.unwanted:
+            if event.update is not None:
+                self._out.append(act.ForgetUpdate(xfer=event.update.blob.xfer))
             self._end(ExecState.CANCELLED, work.unwanted)
         elif event.update is not None:
             self.outbox[event.update.blob.xfer] = event.update
             self._out.append(act.OfferUpdate(offer=event.update))
             work.state = ExecState.UPLOADING
-            self._say(ExecState.UPLOADING)
-            self._next()
+            self._end(ExecState.UPLOADING, "")
         elif work.plan.purpose == "train":
             self._end(ExecState.FAILED, f"no sample was trained: {event.stopped or 'the data set is empty'}")
         elif work.surveyed is None and work.evaluated is None:
@@ -252,17 +272,28 @@ class Session:
         else:
             self._end(ExecState.DONE, "")
 
+    def _failed(self, event: ev.ChildFailed) -> None:
+        work = self.work
+        if work is None or work.stage is Stage.FETCHING:
+            return
+        if work.unwanted:
+            self._end(ExecState.CANCELLED, work.unwanted)
+        else:
+            self._end(ExecState.FAILED, event.reason)
+
     # --------------------------------------------------------------------------------------------------------- ends
 
     def _end(self, state: ExecState, reason: str) -> None:
-        if self.work:
+        """The work is over here: say how, unless its end was said when its child was killed, and begin what waits."""
+        assert self.work is not None
+        if self.work.stage is not Stage.KILLED:
             self._say(state, reason)
-            self._next()
+        self._next()
 
     def _next(self) -> None:
         self.work = None
         if self.waiting:
-            self._begin(self.waiting)
+            self._begin(self.waiting, self._waiting_since)
 
     def _stop_work(self, reason: str, *, discard: bool) -> None:
         work = self.work
@@ -275,15 +306,19 @@ class Session:
                 self._end(
                     ExecState.CANCELLED if discard else ExecState.TIMED_OUT, f"{reason}, before the model was here"
                 )
-            case Stage.RUNNING | Stage.STOPPING:
+            case Stage.RUNNING:
                 work.stage = Stage.STOPPING
-                work.unwanted = reason if discard else work.unwanted
+                work.unwanted = (reason or "not wanted any more") if discard else ""
+                work.close_at = max(work.close_at, self._now + CHILD_GRACE_S)
                 self._out.append(act.StopChild(reason=reason))
+            case Stage.STOPPING | Stage.KILLED:
+                work.unwanted = work.unwanted or ((reason or "not wanted any more") if discard else "")
 
     def _cancel(self, event: ev.CancelCame) -> None:
-        if self.waiting and (self.waiting.job, self.waiting.round) == (event.job, event.round):
+        key = (event.job, event.round, event.attempt)
+        if self.waiting and (self.waiting.job, self.waiting.round, self.waiting.attempt) == key:
             self.waiting = None
-        if self.work and self.work.key == (event.job, event.round, event.attempt):
+        if self.work and self.work.key == key:
             self._stop_work(event.reason, discard=True)
 
     def _due(self) -> None:
@@ -293,7 +328,8 @@ class Session:
             return
         if self._now >= work.close_at and work.stage is Stage.STOPPING:
             self._out.append(act.KillChild())
-            self._end(ExecState.TIMED_OUT, "the training child did not stop in time")
+            work.stage, work.state = Stage.KILLED, ExecState.CANCELLED if work.unwanted else ExecState.TIMED_OUT
+            self._say(work.state, work.unwanted or "the training child did not stop in time")
         elif self._now >= work.stop_at and work.stage is not Stage.STOPPING:
             self._stop_work("deadline", discard=False)
 

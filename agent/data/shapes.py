@@ -88,17 +88,10 @@ def _conversation(key: bytes, fields: Mapping[str, Any], where: str) -> Iterator
     for number, message in enumerate(messages):
         if not isinstance(message, dict):
             raise BadConfig(f"{where}: field 'messages[{number}]' must be an object, got {kind(message)}")
-        place = f"{where}: field 'messages[{number}]'"
-        turn = Turn(_part(message, "role", place), _part(message, "content", place))
+        named = {f"messages[{number}].{part}": message.get(part) for part in ("role", "content")}
+        turn = Turn(*(_text(named, part, where) for part in named))
         if turn.role == "assistant" and turn.content.strip():
             yield Example(key, tuple(turns), turn.content)
         turns.append(turn)
     if not any(turn.role == "assistant" for turn in turns):
         raise BadConfig(f"{where}: field 'messages' has no assistant turn to learn from")
-
-
-def _part(message: Mapping[str, Any], name: str, place: str) -> str:
-    value = message.get(name)
-    if not isinstance(value, str):
-        raise BadConfig(f"{place}.{name} must be text, got {kind(value)}")
-    return value

@@ -5,7 +5,7 @@ A trainer is a generator: it says what happens as it happens, and after each mic
     running = trainer.train(task)
     event = next(running)
     while True:
-        event = running.send(stop)        # stop = True: finish now with what there is; StopIteration.value is Finished
+        event = running.send(stop)        # stop = True, from then on: finish with what there is; StopIteration has Finished
 
 The kind of update that it `produces` must be one that the job's aggregator accepts.  The registry is a closed `match`: a name
 that came over the wire finds a built-in trainer or an entry point that this agent's own configuration allows, nothing else.

@@ -46,7 +46,7 @@ def fit(
     training: Training,
     *,
     is_out_of_time: Callable[[], bool],
-    after_forward: Callable[[Batch], None],
+    after_forward: Callable[[], None],
 ) -> Generator[Stepped, bool, Fit]:
     """Train `parameters` for training.n_steps optimizer steps.
 
@@ -79,9 +79,9 @@ def fit(
         micro_batches = list(islice(batches, training.accumulation))
         planned = max(1, sum(batch.n_targets for batch in micro_batches))
         seen, total = 0, 0.0
-        for batch in micro_batches:
+        for n_done, batch in enumerate(micro_batches, 1):
             loss, _ = token_losses(model, batch)
-            after_forward(batch)
+            after_forward()
             torch.autograd.backward(loss / planned)
             total += loss.item()  # waits for the device: a stop never finds more than one micro-batch in flight
             if not math.isfinite(total):
@@ -89,16 +89,15 @@ def fit(
             seen += batch.n_targets
             samples, tokens = samples + batch.n_samples, tokens + batch.n_targets
             is_stopping = is_out_of_time()
-            if is_stopping or batch is micro_batches[-1]:
+            if is_stopping or n_done == len(micro_batches):
                 break
-            is_stopping = yield stepped(total / max(1, seen))
-            if is_stopping:
+            if is_stopping := (yield stepped(total / max(1, seen))):
                 break
         _step(optimizer, parameters, training.max_gradient_norm, rescale=planned / max(1, seen))
         losses.append(total / max(1, seen))
         is_stopping = (yield stepped(losses[-1])) or is_stopping
     mean = sum(losses) / len(losses) if losses else None
-    is_early = len(losses) < training.n_steps or seen < planned
+    is_early = len(losses) < training.n_steps or max(1, seen) < planned
     return Fit(len(losses), samples, tokens, mean, time.monotonic() - started, is_early)
 
 

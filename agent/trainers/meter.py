@@ -48,9 +48,14 @@ class Meter:
             checkpointing=plan.train is not None and plan.train.checkpointing,
         )
 
-    def see(self, batch: Batch) -> None:
+    def noting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; the largest decides what is predicted, also if it is the one that does not fit."""
+        for batch in batches:
+            self._n_tokens = max(self._n_tokens, batch.ids.numel())
+            yield batch
+
+    def see(self) -> None:
         """Note the moment after a forward pass, when activations are at their peak."""
-        self._n_tokens = max(self._n_tokens, batch.ids.numel())
         self._peak_bytes = max(self._peak_bytes, self._measure())
 
     @property
@@ -60,7 +65,7 @@ class Meter:
         With CUDA the most that torch's allocator held; without, the most anonymous memory of this process right after a
         forward pass, which includes some 300 MB of interpreter and libraries.
         """
-        self._peak_bytes = max(self._peak_bytes, self._measure())
+        self.see()
         return self._peak_bytes
 
     @property

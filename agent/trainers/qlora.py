@@ -28,11 +28,12 @@ from agent.data.split import Split
 from agent.evaluation import evaluate
 from agent.loading import Loaded
 from agent.trainers import Running, TrainingFailed
-from agent.trainers.lora import Adapted, adapted
 from agent.trainers.loop import Fit, fit
+from agent.trainers.lora import Adapted, adapted
 from agent.trainers.meter import Meter, out_of_memory_named
 from protocol import messages
 from protocol.adapters import Adapter
+from protocol.errors import BadMessage
 from protocol.messages import Plan, Training
 from protocol.models import read_model
 from protocol.updates import write_update
@@ -61,8 +62,11 @@ class QLora:
     def train(self, task: TrainTask) -> Running:
         """One share of a round; see agent.trainers.Trainer."""
         plan = task.plan
+        if plan.purpose == "train" and (plan.train is None or not plan.ranks):
+            raise BadMessage("a plan to train needs `train` and at least one matrix in `ranks`")
         deadline = time.monotonic() + task.time_limit_s if task.time_limit_s else float("inf")
-        yield Phase(name="loading")
+        if (yield Phase(name="loading")):
+            return Finished(stopped=_why(deadline))
         parts = _read(task)
         frozen = _received(task)
         ranks = plan.ranks if plan.purpose == "train" else {}
@@ -76,13 +80,14 @@ class QLora:
                     return Finished(stopped=_why(deadline))
                 if plan.purpose != "train":
                     return Finished()
-                yield Phase(name="training")
+                if (yield Phase(name="training")):
+                    return Finished(stopped=_why(deadline))
                 batches = endless(parts.train, base.tokenizer, training, draw_seed(plan, "order"))
                 with _checkpointing(base.model, is_on=training.checkpointing):
                     torch.manual_seed(draw_seed(plan, "dropout"))
                     done = yield from fit(
                         model.model,
-                        batches,
+                        meter.noting(batches),
                         model.parameters,
                         training,
                         is_out_of_time=lambda: time.monotonic() >= deadline,

@@ -50,6 +50,7 @@ class Fetch(Action, frozen=True, kw_only=True):
 
     agent: str
     offer: Offer
+    method: str
     matrices: list[Matrix]
     ranks: dict[str, int]
 

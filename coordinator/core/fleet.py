@@ -64,13 +64,13 @@ class Fleet:
         return out
 
     def _advance(self, now: float, out: list[act.Wish]) -> None:
-        """Let every job go as far as it can: an agent that one of them frees may be what another waits for."""
+        """Let every job go as far as it can, who waits longest first; an agent that one frees may be what another needs."""
         n_before = -1
         while n_before < len(out):
             n_before = len(out)
-            for state in self.state.jobs.values():
-                if state.phase not in ENDED:
-                    Job(state, self.state, now, out).advance()
+            going = [s for s in self.state.jobs.values() if s.phase not in ENDED]
+            for state in sorted(going, key=lambda s: s.waiting_since):
+                Job(state, self.state, now, out).advance()
 
     @property
     def wake_at(self) -> float | None:
@@ -129,7 +129,7 @@ class Fleet:
         name = event.spec.job.name
         if name in self.state.jobs:  # the shell refuses a taken name; a replayed submission is harmless
             return
-        self.state.jobs[name] = JobState(spec=event.spec, submitted_at=now, since=now)
+        self.state.jobs[name] = JobState(spec=event.spec, submitted_at=now, since=now, waiting_since=now)
         Job(self.state.jobs[name], self.state, now, out).resume()
 
     def _agent(self, name: str) -> AgentState:

@@ -55,6 +55,8 @@ class Job:
         if to not in MOVES[self.state.phase]:
             story = f"job {self.name}: {self.state.phase} -> {to} in round {self.state.round_number}: {reason}"
             raise IllegalMove(story)
+        if to is Phase.WAITING and self.state.phase is not Phase.PLANNING:
+            self.state.waiting_since = self.now
         self.state.phase, self.state.reason, self.state.since = to, reason, self.now
         self.out.append(act.Announce(card=plans.job_card(self.state)))
 
@@ -87,7 +89,7 @@ class Job:
         due = [self.state.members[s.agent].survey_close_at for s in surveys]
         if self.state.phase is Phase.WAITING:
             waits = (self.rules.start_wait_s, self.rules.wait_s)
-            due += [at for wait in waits if (at := self.state.since + wait) > self.now]
+            due += [at for wait in waits if (at := self.state.waiting_since + wait) > self.now]
         if self.state.round and self.state.phase in {Phase.COLLECTING, Phase.EVALUATING}:
             due.append(self.state.round.close_at)
         gone = [a for s in surveys + self._open_shares() if not (a := self.fleet.agents[s.agent]).online]
@@ -103,10 +105,11 @@ class Job:
 
     def _ready(self) -> list[str]:
         agents, members = self.fleet.agents, self.state.members
+        taken = self.held_elsewhere() | self.state.carried.keys()
         return [
             a
             for a in sorted(members)
-            if members[a].surveyed and a not in self.state.carried and not agents[a].task and self.may_join(agents[a])
+            if members[a].surveyed and a not in taken and not agents[a].task and self.may_join(agents[a])
         ]
 
     def _start(self) -> None:
@@ -119,32 +122,46 @@ class Job:
             if any(m.surveyed for m in self.state.members.values()):
                 survey.pin_base(self)
             ready = self._ready()
+            if self._more_to_come(ready):
+                return
             if self.state.round_number >= self.rules.n_rounds:
                 self._open("evaluate", {a: self._evaluation_choice() for a in ready})
                 return
             if ready and len(ready) >= self._needed(first=first):
                 self._plan(ready)
                 return
-        if self.now >= self.state.since + self.rules.wait_s:
-            self.end(Phase.FAILED, self._no_agents())
+        if self.now >= self.state.waiting_since + self.rules.wait_s:
+            self.end(Phase.FAILED, plans.no_agents(self.state, self.fleet))
+
+    def _more_to_come(self, ready: list[str]) -> bool:
+        """Whether to wait for agents of another job: jobs take turns, none lives on what another leaves over."""
+        trains = self.state.round_number < self.rules.n_rounds
+        enough = trains and self.rules.n_agents and len(ready) >= self._wanted()
+        if enough or self.now >= self.state.waiting_since + self.rules.wait_s:
+            return False
+        held = self.held_elsewhere()
+        busy = (a for a in self.fleet.agents.values() if a.task not in {"", self.name} or a.id in held)
+        out = {a for a, m in self.state.members.items() if m.excluded} | self.state.carried.keys()
+        return any(a.id not in out and self.may_join(a) for a in busy)
+
+    def held_elsewhere(self) -> set[str]:
+        """Agents for which another job is just being planned."""
+        others = (j for j in self.fleet.jobs.values() if j is not self.state and j.phase is Phase.PLANNING)
+        return {agent for other in others for agent in other.planned}
+
+    def _wanted(self) -> int:
+        return math.ceil(self.rules.n_agents * self.rules.over_select_ratio) - len(self.state.carried)
 
     def _needed(self, *, first: bool) -> int:
-        patient = first and self.now < self.state.since + self.rules.start_wait_s
+        patient = first and self.now < self.state.waiting_since + self.rules.start_wait_s
         wanted = max(self.rules.min_agents, self.rules.start_agents if patient else 0)
         return wanted - len(self.state.carried)
 
-    def _no_agents(self) -> str:
-        out = [f"{a}: {m.excluded}" for a, m in sorted(self.state.members.items()) if m.excluded]
-        known = f"{len(self.fleet.agents)} agents known, {sum(a.online for a in self.fleet.agents.values())} online"
-        why = "; ".join(out[:5]) or "start agents, or lower round.min_agents"
-        return f"no_agents: {self.rules.min_agents} needed for {self.rules.wait_s:g} s; {known}; {why}"
-
     def _plan(self, ready: list[str]) -> None:
         if self.rules.n_agents:
-            wanted = math.ceil(self.rules.n_agents * self.rules.over_select_ratio) - len(self.state.carried)
             purpose = f"select/{self.state.attempt}"  # another attempt should not insist on the same stragglers
             draw = random.Random(plans.seed_of(self.state, self.state.round_number + 1, purpose))
-            ready = sorted(draw.sample(ready, min(max(wanted, 1), len(ready))))
+            ready = sorted(draw.sample(ready, min(max(self._wanted(), 1), len(ready))))
         self.state.planned = ready
         self._move(Phase.PLANNING)
         self.out.append(self._make_plan())
@@ -259,7 +276,6 @@ class Job:
         ends = sorted({f"{s.agent}: {s.reason}" for s in round_.shares.values() if s.reason})
         self.state.carried = {a: s for a, s in round_.shares.items() if s.state is ExecState.DONE}
         self.state.quorum = round_.quorum
-        self.state.late = round_.late + self.state.late
         self.state.round = None
         self.state.attempt += 1
         if self.state.attempt >= self.rules.max_attempts:
@@ -298,7 +314,6 @@ class Job:
         oldest = event.round - self.rules.max_staleness
         state.missed = {a: {r: k for r, k in by.items() if r > oldest} for a, by in state.missed.items()}
         state.seen = {a: {r: d for r, d in by.items() if r > oldest} for a, by in state.seen.items()}
-        state.late = [c for c in state.late if c.round > oldest]
         self.out.append(act.Serve(job=self.name, blob=event.model))
         self._move(Phase.WAITING)
 

@@ -10,6 +10,7 @@ import msgspec
 from coordinator.core.actions import Aggregate
 from coordinator.core.state import (
     Contribution,
+    FleetState,
     JobState,
     Member,
     Phase,
@@ -201,6 +202,17 @@ def round_record(job: JobState, round_: Round, outcome: str, now: float) -> Roun
         loss=sum(n * loss for n, loss in weighted) / total if total else None,
         shares={agent: _share_record(s) for agent, s in sorted(round_.shares.items())},
     )
+
+
+def no_agents(job: JobState, fleet: FleetState) -> str:
+    """Why there were not enough agents, for people who can do something about it."""
+    rules = job.spec.round
+    out = [f"{a}: {m.excluded}" for a, m in sorted(job.members.items()) if m.excluded]
+    agents = [a for a in fleet.agents.values() if a.online]
+    busy = sum(a.task not in {"", job.spec.job.name} for a in agents)
+    known = f"{len(fleet.agents)} agents known, {len(agents)} online, {busy} at work for other jobs"
+    why = "; ".join(out[:5]) or "start agents, or lower round.min_agents"
+    return f"no_agents: {rules.min_agents} needed for {rules.wait_s:g} s; {known}; {why}"
 
 
 def phase_text(job: JobState) -> str:

@@ -146,6 +146,8 @@ class JobState(msgspec.Struct, kw_only=True):
     phase: Phase = Phase.WAITING
     reason: str = ""
     since: float = 0.0
+    waiting_since: float = 0.0
+    """When the job last began to want a round; a plan that came to nothing does not make it wait anew."""
     ended_at: float = 0.0
     round_number: int = 0
     attempt: int = 0

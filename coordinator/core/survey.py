@@ -24,7 +24,7 @@ def ask(job: Job) -> None:
         if member.survey and member.survey.state not in TERMINAL and job.now >= member.survey_close_at:
             job.end_share(member.survey, 0, ExecState.TIMED_OUT, f"no survey within {job.rules.survey_s:g} s")
             member.excluded = member.survey.reason
-    settled = {a for a, m in members.items() if m.surveyed or m.excluded}
+    settled = {a for a, m in members.items() if m.surveyed or m.excluded} | job.held_elsewhere()
     for agent in job.fleet.agents.values():
         if agent.task or agent.id in settled or not job.may_join(agent):
             continue

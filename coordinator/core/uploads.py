@@ -41,7 +41,8 @@ def _place(job: Job, agent: str, offer: Offer) -> tuple[Place, str]:
     share = _current_share(job, agent, offer)
     if share and share.state not in TERMINAL:
         return Place.CURRENT, ""
-    if offer.round in state.missed.get(agent, {}) and offer.round > state.round_number - job.rules.max_staleness:
+    next_fold = state.round_number + (2 if state.phase is Phase.AGGREGATING else 1)
+    if offer.round in state.missed.get(agent, {}) and next_fold - offer.round <= job.rules.max_staleness:
         return Place.LATE, ""
     if share:
         return Place.NOWHERE, f"superseded: this share has ended as {share.state}: {share.reason}"
@@ -67,7 +68,9 @@ def _choice(job: Job, agent: str, offer: Offer) -> Choice:
 def _fault(job: Job, offer: Offer, choice: Choice) -> str:
     """Why an offer is refused before a byte of it is pulled; empty when it is fine."""
     limit = update_limit_bytes(job.state, choice.ranks)
-    planned = choice.n_steps * choice.batch * choice.accumulation
+    train = job.state.spec.train
+    row_samples = train.max_tokens if train.packing else 1  # a packed row holds one sample per token at the utmost
+    planned = choice.n_steps * choice.batch * choice.accumulation * row_samples
     if offer.blob.size > limit:
         return f"bad update: {offer.blob.size} bytes offered where the plan allows {limit}"
     if offer.samples < 1:
@@ -97,8 +100,13 @@ def offered(job: Job, event: ev.UpdateOffered) -> None:
 
 
 def _fetch(job: Job, agent: str, offer: Offer) -> act.Fetch:
-    ranks = _choice(job, agent, offer).ranks
-    return act.Fetch(agent=agent, offer=offer, matrices=job.state.matrices, ranks=ranks)
+    return act.Fetch(
+        agent=agent,
+        offer=offer,
+        method=job.state.spec.job.method,
+        matrices=job.state.matrices,
+        ranks=_choice(job, agent, offer).ranks,
+    )
 
 
 def _decline(job: Job, agent: str, offer: Offer, reason: str) -> None:
@@ -128,7 +136,6 @@ def _take(job: Job, agent: str, offer: Offer, place: Place) -> None:
     state, choice = job.state, _choice(job, agent, offer)
     share = _current_share(job, agent, offer)
     state.seen.setdefault(agent, {})[offer.round] = offer.blob.sha256
-    state.missed.get(agent, {}).pop(offer.round, None)
     if place is Place.CURRENT and share:
         share.offer = offer
         job.end_share(share, offer.round, ExecState.DONE, "")

@@ -28,7 +28,9 @@ def test_a_named_model_and_one_below_model_dirs(models: Path) -> None:
         assert resolve(Base(source=source), config) == wanted
 
 
-@pytest.mark.parametrize("source", ["../secret", "link", "org", ".", "/etc", "nothing", "a\0b", "x" * 400, "org/tiny/config.json"])
+@pytest.mark.parametrize(
+    "source", ["../secret", "link", "org", ".", "/etc", "nothing", "a\0b", "x" * 400, "org/tiny/config.json"]
+)
 def test_everything_else_is_refused_with_the_next_step(models: Path, source: str) -> None:
     with pytest.raises(BadConfig, match=r"models\.|config\.json"):
         resolve(Base(source=source), BasesConfig(model_dirs=[str(models)]))

@@ -139,23 +139,35 @@ def test_fields_are_renamed_and_a_shape_can_be_forced(tmp_path: Path) -> None:
     assert texts(path, shape="text") == [("", "other")]
 
 
-FAULTS = [
-    ("train.jsonl", '{"prompt": "a", "completion": "b"}\n' * 16 + '{"prompt": "a", "completion": 3}', {})
-    + ("train.jsonl line 17: field 'completion' must be text, got number",),
-    ("x.jsonl", '{"prompt": "a"', {}) + ("x.jsonl line 1: not JSON",),
-    ("x.jsonl", "[1]", {}) + ("x.jsonl line 1: must be an object with fields, got list",),
-    ("x.jsonl", '{"question": "a"}', {}) + ("x.jsonl line 1: fields ['question'] are none of the known shapes",),
-    ("x.jsonl", '{"prompt": "a"}', {"shape": "prompt"}) + ("x.jsonl line 1: field 'completion' is missing",),
-    ("x.jsonl", '{"messages": "hi"}', {}) + ("x.jsonl line 1: field 'messages' must be a list, got text",),
-    ("x.jsonl", '{"messages": [{"role": "user", "content": ["a"]}]}', {})
-    + ("x.jsonl line 1: field 'messages[0]'.content must be text, got list",),
-    ("x.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', {})
-    + ("x.jsonl line 1: field 'messages' has no assistant turn to learn from",),
-    ("x.json", '{"a": 1}', {}) + ("x.json: must be a list of objects, or an object that holds one",),
-    ("x.csv", "prompt,completion\na\n", {"shape": "prompt"}) + ("x.csv line 2: field 'completion' is missing",),
-    ("x.parquet", "PAR1 nonsense", {}) + ("x.parquet: not Parquet",),
-    ("x.arrow", "nonsense", {}) + ("x.arrow: not an Arrow stream",),
-    ("x.pdf", "", {}) + ("x.pdf: unknown kind of file",),
+FAULTS: list[tuple[str, str, dict[str, Any], str]] = [
+    (
+        "train.jsonl",
+        '{"prompt": "a", "completion": "b"}\n' * 16 + '{"prompt": "a", "completion": 3}',
+        {},
+        "train.jsonl line 17: field 'completion' must be text, got number",
+    ),
+    ("x.jsonl", '{"prompt": "a"', {}, "x.jsonl line 1: not JSON"),
+    ("x.jsonl", "[1]", {}, "x.jsonl line 1: must be an object with fields, got list"),
+    ("x.jsonl", '{"question": "a"}', {}, "x.jsonl line 1: fields ['question'] are none of the known shapes"),
+    ("x.jsonl", '{"prompt": "a"}', {"shape": "prompt"}, "x.jsonl line 1: field 'completion' is missing"),
+    ("x.jsonl", '{"messages": "hi"}', {}, "x.jsonl line 1: field 'messages' must be a list, got text"),
+    (
+        "x.jsonl",
+        '{"messages": [{"role": "user", "content": ["a"]}]}',
+        {},
+        "x.jsonl line 1: field 'messages[0].content' must be text, got list",
+    ),
+    (
+        "x.jsonl",
+        '{"messages": [{"role": "user", "content": "a"}]}',
+        {},
+        "x.jsonl line 1: field 'messages' has no assistant turn to learn from",
+    ),
+    ("x.json", '{"a": 1}', {}, "x.json: must be a list of objects, or an object that holds one"),
+    ("x.csv", "prompt,completion\na\n", {"shape": "prompt"}, "x.csv line 2: field 'completion' is missing"),
+    ("x.parquet", "PAR1 nonsense", {}, "x.parquet: not Parquet"),
+    ("x.arrow", "nonsense", {}, "x.arrow: not an Arrow stream"),
+    ("x.pdf", "", {}, "x.pdf: unknown kind of file"),
 ]
 
 

@@ -51,7 +51,9 @@ def test_a_chat_template_renders_turns_and_ends_the_answer(chat_tokenizer: Any) 
 
 
 def test_without_a_template_turns_get_headings(tokenizer: Any) -> None:
-    prompt, completion = render(Example(b"", (Turn("user", "Add."), Turn("assistant", "3"), Turn("tool", "x")), "4"), tokenizer)
+    prompt, completion = render(
+        Example(b"", (Turn("user", "Add."), Turn("assistant", "3"), Turn("tool", "x")), "4"), tokenizer
+    )
     assert prompt == "### Instruction:\nAdd.\n\n### Response:\n3\n\n### tool:\nx\n\n### Response:\n"
     assert completion == "4"
 

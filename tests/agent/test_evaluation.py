@@ -25,7 +25,9 @@ def loaded(llama_folder: Path) -> loading.Loaded:
     return loading.load(llama_folder, "nf4", torch.device("cpu"))
 
 
-def score(loaded: loading.Loaded, examples: list[Example], stop_at: int | None = None, **wanted: Any) -> tuple[Score, int]:
+def score(
+    loaded: loading.Loaded, examples: list[Example], stop_at: int | None = None, **wanted: Any
+) -> tuple[Score, int]:
     running = evaluate(loaded.model, loaded.tokenizer, examples, Evaluation(**wanted), batch=3, max_tokens=64)
     stop, n = False, 0
     try:
@@ -40,7 +42,9 @@ def score(loaded: loading.Loaded, examples: list[Example], stop_at: int | None =
 
 def test_the_loss_is_per_token_and_does_not_depend_on_the_batch(loaded: loading.Loaded) -> None:
     loaded.model.train()
-    whole, n_events = score(loaded, EXAMPLES, metrics=["perplexity", "token_accuracy", "exact_match", "rouge_l"], max_new_tokens=3)
+    whole, n_events = score(
+        loaded, EXAMPLES, metrics=["perplexity", "token_accuracy", "exact_match", "rouge_l"], max_new_tokens=3
+    )
     assert n_events == 3
     assert loaded.model.training
     singles = [score(loaded, [example], metrics=["token_accuracy"])[0] for example in EXAMPLES]
@@ -49,7 +53,9 @@ def test_the_loss_is_per_token_and_does_not_depend_on_the_batch(loaded: loading.
     assert whole.n_samples == 7
     assert whole.loss == pytest.approx(sum(s.loss * s.n_tokens for s in singles) / n, rel=1e-4)
     assert whole.metrics["perplexity"] == pytest.approx(math.exp(whole.loss))
-    assert whole.metrics["token_accuracy"] == pytest.approx(sum(s.metrics["token_accuracy"] * s.n_tokens for s in singles) / n)
+    assert whole.metrics["token_accuracy"] == pytest.approx(
+        sum(s.metrics["token_accuracy"] * s.n_tokens for s in singles) / n
+    )
     assert whole.metrics.keys() == {"perplexity", "token_accuracy", "exact_match", "rouge_l"}
 
 
@@ -69,7 +75,9 @@ def test_it_can_be_stopped_and_can_have_nothing_to_do(loaded: loading.Loaded) ->
 def test_greedy_is_the_libraries_own_greedy_search(loaded: loading.Loaded) -> None:
     from transformers import GenerationConfig
 
-    prompts = [loaded.tokenizer(text)["input_ids"] for text in ("name [ Iron Fox ]", "near", "a longer prompt than those =>")]
+    prompts = [
+        loaded.tokenizer(text)["input_ids"] for text in ("name [ Iron Fox ]", "near", "a longer prompt than those =>")
+    ]
     ours = greedy(loaded.model, loaded.tokenizer, prompts, 8)
     pad, eos = loaded.tokenizer.pad_token_id, loaded.tokenizer.eos_token_id
     plain = GenerationConfig(do_sample=False, max_new_tokens=8, pad_token_id=pad, eos_token_id=eos, use_cache=True)

@@ -137,7 +137,7 @@ def test_a_starts_in_the_right_subspace_of_the_global_adapter(llama_folder: Path
     names = list(all_ranks)
     made = random_adapter(shapes_of(base), dict.fromkeys(names[1:], 6))
     frozen = {name: canonical(factors) for name, factors in made.items()}
-    ranks = {name: 4 for name in names} | {names[2]: 10}
+    ranks = dict.fromkeys(names, 4) | {names[2]: 10}
     starts = []
     for seed in (1, 1, 2):
         with adapted(base, frozen, ranks, SCALE, seed) as model:

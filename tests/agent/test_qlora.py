@@ -17,12 +17,11 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from agent import loading
-from agent.batches import token_losses
 from agent.child import Evaluated, Finished, Phase, Stepped, TrainTask
 from agent.data import DataConfig
 from agent.trainers import Running, TrainingFailed
-from agent.trainers.lora import adapted
 from agent.trainers.loop import learning_rate
+from agent.trainers.lora import adapted
 from agent.trainers.meter import Meter, out_of_memory_named
 from agent.trainers.qlora import QLora, draw_seed
 from protocol.adapters import Adapter, canonical
@@ -76,7 +75,9 @@ def test_it_learns_at_any_bits(make_task: MakeTask, all_ranks: dict[str, int], b
 def test_at_version_zero_it_is_the_run_that_peft_alone_makes(
     make_task: MakeTask, llama_folder: Path, records: list[dict[str, str]], tokenizer: Any, bits: Bits
 ) -> None:
-    task = make_task(bits=bits, n_steps=12, held_out_ratio=0.0, warmup_steps=4, max_gradient_norm=0.5, update_dtype="fp32")
+    task = make_task(
+        bits=bits, n_steps=12, held_out_ratio=0.0, warmup_steps=4, max_gradient_norm=0.5, update_dtype="fp32"
+    )
     events, finished = run(QLora().train(task))
     theirs, model = by_hand(task, llama_folder, records, tokenizer)
     np.testing.assert_allclose(losses(events), theirs, rtol=1e-5)
@@ -86,9 +87,7 @@ def test_at_version_zero_it_is_the_run_that_peft_alone_makes(
         np.testing.assert_allclose(factors.b, 2 * layer.lora_B["default"].weight.detach().numpy(), atol=2e-5)
 
 
-def by_hand(
-    task: TrainTask, folder: Path, records: list[dict[str, str]], tokenizer: Any
-) -> tuple[list[float], Any]:
+def by_hand(task: TrainTask, folder: Path, records: list[dict[str, str]], tokenizer: Any) -> tuple[list[float], Any]:
     """QLoRA written straight against PEFT and torch, sharing only the seeds."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -96,7 +95,10 @@ def by_hand(
     training = task.plan.train
     assert training is not None
     config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
     )
     quantized = {"quantization_config": config} if task.plan.bits == "nf4" else {}
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **quantized)
@@ -126,7 +128,7 @@ def by_hand(
 
 
 def test_training_evaluating_and_training_again_keeps_gradients_alive(
-    llama_folder: Path, all_ranks: dict[str, int], make_task: MakeTask
+    all_ranks: dict[str, int], make_task: MakeTask
 ) -> None:
     """On CPUs with AVX512-BF16 an unguarded evaluation re-packs the 4-bit weights and all later gradients are None."""
     trainer = QLora()
@@ -138,7 +140,8 @@ def test_training_evaluating_and_training_again_keeps_gradients_alive(
     found = losses(events[[isinstance(e, Phase) and e.name == "training" for e in events].index(True) :])
     assert found[-1] < found[0] - 0.5
     with adapted(base.model, {}, all_ranks, 2.0, seed=0) as model:
-        logits = model.model.eval()(input_ids=torch.arange(8)[None], use_cache=False).logits
+        model.model.eval()
+        model.model(input_ids=torch.arange(8)[None], use_cache=False)
         model.model.train()
         logits = model.model(input_ids=torch.arange(8)[None], use_cache=False).logits
         logits.square().mean().backward()
@@ -214,6 +217,16 @@ def test_a_stop_before_the_first_step_leaves_no_update(make_task: MakeTask) -> N
     assert not Path(task.out_file).exists()
 
 
+def test_a_stop_before_loading_costs_no_loading(make_task: MakeTask) -> None:
+    trainer = QLora()
+    running = trainer.train(make_task())
+    assert next(running) == Phase(name="loading")
+    with pytest.raises(StopIteration) as end:
+        running.send(True)
+    assert end.value.value == Finished(stopped="stop")
+    assert trainer._loaded is None
+
+
 def test_the_time_limit_ends_it_after_the_present_step(make_task: MakeTask) -> None:
     _, finished = run(QLora().train(make_task(n_steps=10**6, time_limit_s=1e-6)))
     assert (finished.steps, finished.samples, finished.stopped) == (1, 8, "time")
@@ -237,14 +250,19 @@ def test_a_survey_and_an_evaluation(make_task: MakeTask, all_ranks: dict[str, in
     assert {matrix.name for matrix in found.matrices} == set(all_ranks)
     assert found.n_train + found.n_eval == 160
     assert re.fullmatch("[0-9a-f]{64}", found.base_sha256)
-    only = make_task(purpose="evaluate", train=None, evaluate=Evaluation(max_samples=5), base=Base(source="x", sha256=found.base_sha256))
+    only = make_task(
+        purpose="evaluate",
+        train=None,
+        evaluate=Evaluation(max_samples=5),
+        base=Base(source="x", sha256=found.base_sha256),
+    )
     events, finished = run(trainer.train(only))
     assert finished == Finished()
     assert next(e.result for e in events if isinstance(e, Evaluated)).n_samples == 5
 
 
 def test_another_base_than_the_plans_is_refused(make_task: MakeTask) -> None:
-    with pytest.raises(TrainingFailed, match="base_mismatch: .*fetch the same model"):
+    with pytest.raises(TrainingFailed, match=r"base_mismatch: .*fetch the same model"):
         run(QLora().train(make_task(base=Base(source="x", sha256="0" * 64))))
 
 
@@ -261,6 +279,8 @@ def test_a_loss_that_is_not_finite_is_named(make_task: MakeTask, llama_folder: P
 def test_what_cannot_be_trained_is_a_named_fault(make_task: MakeTask, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no such thing"}))
     for changes, fault, text in [
+        ({"ranks": {}}, BadMessage, "at least one matrix"),
+        ({"train": None}, BadMessage, "needs `train`"),
         ({"ranks": {"model.layers.9.mlp.up_proj": 4}}, BadMessage, "does not have"),
         ({"data": DataConfig(path=str(tmp_path / "gone"))}, BadConfig, "does not exist"),
         ({"base_folder": str(tmp_path / "gone")}, BadConfig, "no model folder"),
@@ -272,9 +292,12 @@ def test_what_cannot_be_trained_is_a_named_fault(make_task: MakeTask, tmp_path: 
 
 
 def test_running_out_of_memory_is_named_with_bytes() -> None:
-    with pytest.raises(TrainingFailed, match="out_of_memory: predicted 0 bytes, measured 0 bytes: .*can't allocate"), out_of_memory_named(Meter()):
+    with (
+        pytest.raises(TrainingFailed, match=r"out_of_memory: predicted 0 bytes, measured 0 bytes: .*can't allocate"),
+        out_of_memory_named(Meter()),
+    ):
         torch.empty(2**52)
-    with pytest.raises(RuntimeError, match="size mismatch|must match"), out_of_memory_named(Meter()):
+    with pytest.raises(RuntimeError, match=r"size mismatch|must match"), out_of_memory_named(Meter()):
         _ = torch.zeros(2) + torch.zeros(3)
 
 

@@ -27,7 +27,7 @@ from protocol.messages import Evaluation
 
 MakeTask = Callable[..., TrainTask]
 
-PLUG_IN = '''
+PLUG_IN = """
 import os, sys, time
 from agent.child import Finished, Phase, Stepped
 from protocol import messages
@@ -59,7 +59,7 @@ class Plugged:
             step += 1
             stop = yield Stepped(step=step, n_steps=0, samples=step, loss=None, tokens=0, seconds=0.0)
         return Finished(samples=step, stopped="stop" if stop else "")
-'''
+"""
 
 
 @pytest.fixture
@@ -80,12 +80,25 @@ def plugged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeTask:
     return make
 
 
+MakeSupervisor = Callable[..., Supervisor]
+
+
 @pytest.fixture
-async def supervisor(tmp_path: Path) -> AsyncIterator[Supervisor]:
-    one = Supervisor(ChildConfig(threads=1), log=tmp_path / "log" / "child.log")
-    yield one
-    await one.kill()
-    await one.aclose()
+async def make_supervisor(tmp_path: Path) -> AsyncIterator[MakeSupervisor]:
+    made: list[Supervisor] = []
+
+    def make(**config: float) -> Supervisor:
+        made.append(Supervisor(ChildConfig(threads=1, **config), log=tmp_path / "log" / "child.log"))
+        return made[-1]
+
+    yield make
+    for one in made:
+        await one.aclose()
+
+
+@pytest.fixture
+def supervisor(make_supervisor: MakeSupervisor) -> Supervisor:
+    return make_supervisor()
 
 
 class Story:
@@ -105,7 +118,14 @@ class Story:
         return sum(isinstance(event, Stepped) for event in self.events)
 
 
-async def test_a_survey_and_a_run_share_a_warm_child(supervisor: Supervisor, plugged: MakeTask, make_task: MakeTask) -> None:
+def send(supervisor: Supervisor, number: signal.Signals) -> None:
+    assert supervisor.pid is not None
+    os.kill(supervisor.pid, number)
+
+
+async def test_a_survey_and_a_run_share_a_warm_child(
+    supervisor: Supervisor, plugged: MakeTask, make_task: MakeTask
+) -> None:
     story = Story()
     assert supervisor.pid is None
     ending = await supervisor.run(plugged(make_task, purpose="survey"), story)
@@ -122,7 +142,7 @@ async def test_a_survey_and_a_run_share_a_warm_child(supervisor: Supervisor, plu
 
 async def test_a_stop_brings_what_there_is(supervisor: Supervisor, plugged: MakeTask, make_task: MakeTask) -> None:
     story = Story(lambda: supervisor.stop("deadline"))
-    ending = await supervisor.run(plugged(make_task, n_steps=10**9), story)
+    ending = await supervisor.run(plugged(make_task, n_steps=10**7), story)
     assert isinstance(ending, Finished)
     assert ending.stopped == "deadline"
     assert ending.samples >= 3
@@ -130,11 +150,23 @@ async def test_a_stop_brings_what_there_is(supervisor: Supervisor, plugged: Make
     assert await supervisor.run(plugged(make_task, n_steps=2), Story()) == Finished(samples=2)
 
 
+async def test_a_stop_while_the_child_starts_is_not_lost(
+    supervisor: Supervisor, plugged: MakeTask, make_task: MakeTask
+) -> None:
+    running = asyncio.create_task(supervisor.run(plugged(make_task, n_steps=10**7), Story()))
+    await asyncio.sleep(0)
+    assert supervisor.pid is None
+    supervisor.stop("cancelled")
+    ending = await running
+    assert isinstance(ending, Finished)
+    assert ending.stopped == "cancelled"
+
+
 async def test_sigterm_to_the_child_is_a_stop_and_ends_it(
     supervisor: Supervisor, plugged: MakeTask, make_task: MakeTask
 ) -> None:
-    story = Story(lambda: os.kill(supervisor.pid or 0, signal.SIGTERM))
-    ending = await supervisor.run(plugged(make_task, n_steps=10**9), story)
+    story = Story(lambda: send(supervisor, signal.SIGTERM))
+    ending = await supervisor.run(plugged(make_task, n_steps=10**7), story)
     assert isinstance(ending, Finished)
     assert ending.stopped == "SIGTERM"
     assert supervisor.pid is None
@@ -143,7 +175,11 @@ async def test_sigterm_to_the_child_is_a_stop_and_ends_it(
 
 @pytest.mark.parametrize(
     ("job", "reason", "detail"),
-    [("crash", "crashed", "ZeroDivisionError"), ("exit", "died", "exit code 3"), ("unavailable", "unavailable", "the disk is gone")],
+    [
+        ("crash", "crashed", "ZeroDivisionError"),
+        ("exit", "died", "exit code 3"),
+        ("unavailable", "unavailable", "the disk is gone"),
+    ],
 )
 async def test_a_fault_of_the_trainer_is_an_ending(
     supervisor: Supervisor, plugged: MakeTask, make_task: MakeTask, job: str, reason: str, detail: str
@@ -164,23 +200,27 @@ async def test_stray_output_goes_to_the_log(
     assert "a stray write from C" in log
 
 
-async def test_a_child_that_does_not_stop_is_killed(plugged: MakeTask, make_task: MakeTask) -> None:
-    supervisor = Supervisor(ChildConfig(threads=1, grace_s=0.2))
+async def test_a_child_that_does_not_stop_is_killed(
+    make_supervisor: MakeSupervisor, plugged: MakeTask, make_task: MakeTask
+) -> None:
+    supervisor = make_supervisor(grace_s=0.2)
     ending = await supervisor.run(plugged(make_task, job="deaf"), Story(lambda: supervisor.stop("cancelled")))
     assert ending == Failed(reason="killed", detail="did not stop within 0.2 s: cancelled")
     assert supervisor.pid is None
 
 
-async def test_a_child_without_a_sign_of_life_is_killed(plugged: MakeTask, make_task: MakeTask) -> None:
-    supervisor = Supervisor(ChildConfig(threads=1, hang_s=3))
-    freeze = Story(lambda: os.kill(supervisor.pid or 0, signal.SIGSTOP))
-    ending = await supervisor.run(plugged(make_task, n_steps=10**9), freeze)
+async def test_a_child_without_a_sign_of_life_is_killed(
+    make_supervisor: MakeSupervisor, plugged: MakeTask, make_task: MakeTask
+) -> None:
+    supervisor = make_supervisor(hang_s=3)
+    freeze = Story(lambda: send(supervisor, signal.SIGSTOP))
+    ending = await supervisor.run(plugged(make_task, n_steps=10**7), freeze)
     assert ending == Failed(reason="hung", detail="no sign of life for 3 s")
     assert supervisor.pid is None
 
 
-async def test_an_idle_child_is_let_go(plugged: MakeTask, make_task: MakeTask) -> None:
-    supervisor = Supervisor(ChildConfig(threads=1, idle_s=0.01))
+async def test_an_idle_child_is_let_go(make_supervisor: MakeSupervisor, plugged: MakeTask, make_task: MakeTask) -> None:
+    supervisor = make_supervisor(idle_s=0.01)
     await supervisor.run(plugged(make_task, n_steps=1), Story())
     with open_pidfd(supervisor.pid) as pidfd:
         await gone(pidfd)
@@ -193,7 +233,7 @@ async def test_one_task_at_a_time_and_cancelling_kills(
     supervisor: Supervisor, plugged: MakeTask, make_task: MakeTask
 ) -> None:
     under_way = asyncio.Event()
-    task = plugged(make_task, n_steps=10**9)
+    task = plugged(make_task, n_steps=10**7)
     running = asyncio.create_task(supervisor.run(task, Story(under_way.set)))
     await under_way.wait()
     with pytest.raises(IllegalMove, match="a task is under way"):
@@ -206,10 +246,22 @@ async def test_one_task_at_a_time_and_cancelling_kills(
     assert not supervisor.is_running
 
 
-async def test_a_child_that_cannot_be_started_is_an_ending(
-    plugged: MakeTask, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+async def test_closing_lets_a_running_task_hand_over(
+    supervisor: Supervisor, plugged: MakeTask, make_task: MakeTask
 ) -> None:
-    supervisor = Supervisor(ChildConfig())
+    under_way = asyncio.Event()
+    running = asyncio.create_task(supervisor.run(plugged(make_task, n_steps=10**7), Story(under_way.set)))
+    await under_way.wait()
+    await supervisor.aclose()
+    ending = await running
+    assert isinstance(ending, Finished)
+    assert ending.stopped == "shutting down"
+    assert supervisor.pid is None
+
+
+async def test_a_child_that_cannot_be_started_is_an_ending(
+    supervisor: Supervisor, plugged: MakeTask, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "executable", "/nonexistent/python")
     ending = await supervisor.run(plugged(make_task), Story())
     assert isinstance(ending, Failed)
@@ -219,7 +271,7 @@ async def test_a_child_that_cannot_be_started_is_an_ending(
 async def test_a_real_training_survives_a_kill_of_its_child(
     supervisor: Supervisor, make_task: MakeTask, tmp_path: Path
 ) -> None:
-    story = Story(lambda: os.kill(supervisor.pid or 0, signal.SIGKILL))
+    story = Story(lambda: send(supervisor, signal.SIGKILL))
     ending = await supervisor.run(make_task(n_steps=10**6), story)
     assert ending == Failed(reason="died", detail="SIGKILL (out of memory?)")
     assert story.n_steps >= 3
@@ -296,7 +348,8 @@ def test_the_daemons_side_never_imports_torch() -> None:
     assert found.stdout.strip() == "[]"
 
 
-def test_the_registry_is_closed(plugged: MakeTask) -> None:
+@pytest.mark.usefixtures("plugged")
+def test_the_registry_is_closed() -> None:
     assert trainers.load("qlora").produces == "lora"
     assert trainers.load("plugged", allowed=["plugged"]).produces == "lora"
     for name, allowed in [("plugged", []), ("os.system", []), ("absent", ["absent"])]:

@@ -13,10 +13,19 @@ from coordinator.core import events as ev
 from coordinator.core.choice import Choice
 from coordinator.core.fleet import Fleet, decode_state, encode_state
 from coordinator.core.spec import JobSpec
-from coordinator.core.state import JobState, Phase, Share
-from protocol.messages import Blob, Evaluated, ExecState, Matrix, Offer, Surveyed
+from coordinator.core.state import ENDED, JobState, Phase, Share
+from protocol.messages import Blob, Evaluated, ExecState, Matrix, Offer, Plan, Surveyed
 
 T0 = 1_750_000_000.0
+LIMITS = {
+    "n_rounds": 2,
+    "train_s": 100.0,
+    "grace_s": 20.0,
+    "offline_grace_s": 10.0,
+    "survey_s": 50.0,
+    "start_wait_s": 30.0,
+    "wait_s": 300.0,
+}
 MATRICES = [Matrix(name="k", d_out=8, d_in=16), Matrix(name="q", d_out=8, d_in=8)]
 
 
@@ -25,9 +34,10 @@ def sha(text: str) -> str:
 
 
 def job_spec(name: str, **tables: dict[str, Any]) -> JobSpec:
-    """A job file; `head` is the rest of its [job] table."""
+    """A job file; `head` is the rest of its [job] table, `round` what differs from LIMITS."""
     head = {"name": name, **tables.pop("head", {})}
-    return msgspec.convert({"job": head, "model": {"source": "toy"}, **tables}, JobSpec)
+    limits = {**LIMITS, **tables.pop("round", {})}
+    return msgspec.convert({"job": head, "model": {"source": "toy"}, "round": limits, **tables}, JobSpec)
 
 
 def fits(value: object, wanted: object) -> bool:
@@ -46,11 +56,102 @@ def brief(value: object) -> str:
     return f"{type(value).__name__}({', '.join(told)})"
 
 
+class Observer:
+    """Knows the wishes and nothing of the core's state, so the core is not asked to judge itself."""
+
+    def __init__(self) -> None:
+        self.specs: dict[str, JobSpec] = {}
+        self.plans: list[tuple[str, Plan]] = []
+        self.fetches: list[act.Fetch] = []
+        self.make_plans: list[act.MakePlan] = []
+        self.folds: list[act.Aggregate] = []
+        self.finished: list[str] = []
+        self.asked: dict[str, set[str]] = {}
+        self.held: dict[str, Plan] = {}
+        self.stored: dict[tuple[str, str, int], Offer] = {}
+
+    def saw(self, event: ev.Happened, wishes: list[act.Wish]) -> None:
+        """Assert what one event and its wishes must be to each other and to all that went before."""
+        match event:
+            case ev.JobSubmitted():
+                self.specs.setdefault(event.spec.job.name, event.spec)
+            case ev.UpdateOffered() | ev.UpdateStored():
+                self._answers_once(event, wishes)
+            case _:
+                pass
+        for wish in wishes:
+            self._saw(wish)
+
+    def agrees_with(self, fleet: Fleet) -> None:
+        """Assert that the core knows who holds which plan and which jobs have ended."""
+        busy = {a.id: a.task for a in fleet.state.agents.values() if a.task}
+        assert busy == {a: plan.job for a, plan in self.held.items()}, "a plan is out that nobody keeps track of"
+        assert {name for name, job in fleet.state.jobs.items() if job.phase in ENDED} == set(self.finished)
+
+    def _saw(self, wish: act.Wish) -> None:
+        match wish:
+            case act.Assign():
+                holds = self.held.get(wish.agent)
+                assert holds is None or holds.job == wish.plan.job, f"{wish.agent} shall serve two jobs"
+                self.held[wish.agent] = wish.plan
+                self.plans.append((wish.agent, wish.plan))
+            case act.Withdraw():
+                self.held.pop(wish.agent, None)
+            case act.Fetch():
+                self.fetches.append(wish)
+            case act.MakePlan():
+                assert wish.agents, "a plan for nobody"
+                assert not any(agents & set(wish.agents) for agents in self.asked.values()), "planned twice"
+                self.asked[wish.job] = set(wish.agents)
+                self.make_plans.append(wish)
+            case act.Announce() if wish.card.phase != Phase.PLANNING:
+                self.asked.pop(wish.card.job, None)
+            case act.Aggregate():
+                self._fold_is_lawful(wish)
+                self.folds.append(wish)
+            case act.Finish():
+                assert wish.job not in self.finished, f"{wish.job} finished twice"
+                assert wish.reason or wish.phase == "completed", "an end without a reason"
+                self.finished.append(wish.job)
+            case _:
+                pass
+
+    def _fold_is_lawful(self, fold: act.Aggregate) -> None:
+        rules = self.specs[fold.job].round
+        before = {(c.round, c.agent) for f in self.folds if f.job == fold.job for c in f.contributions}
+        now = [(c.round, c.agent) for c in fold.contributions]
+        assert now == sorted(set(now)), "twice or out of order"
+        assert not before & set(now), f"counted again: {before & set(now)}"
+        assert sum(c.round == fold.round for c in fold.contributions) >= rules.min_agents
+        for c in fold.contributions:
+            offer, lag = self.stored[fold.job, c.agent, c.round], fold.round - c.round
+            assert c.sha256 == offer.blob.sha256, "folded what was never stored"
+            assert 0 <= lag <= (rules.max_staleness if rules.late == "add" else 0)
+            assert c.weight == offer.samples * rules.staleness_discount**lag
+
+    def _answers_once(self, event: ev.UpdateOffered | ev.UpdateStored, wishes: list[act.Wish]) -> None:
+        """An offer is pulled, acknowledged or declined; a stored update is acknowledged or declined."""
+        offer = event.offer
+        kinds = (act.Acknowledge, act.Decline) if isinstance(event, ev.UpdateStored) else _ANSWERS
+        answers = [w for w in wishes if isinstance(w, kinds)]
+        assert len(answers) == 1, f"{len(answers)} answers to one offer"
+        answer = answers[0]
+        assert answer.agent == event.agent
+        assert (answer.offer.blob.xfer if isinstance(answer, act.Fetch) else answer.xfer) == offer.blob.xfer
+        if isinstance(event, ev.UpdateStored) and isinstance(answer, act.Acknowledge):
+            self.stored.setdefault((offer.job, event.agent, offer.round), offer)
+
+
+_ANSWERS = (act.Fetch, act.Acknowledge, act.Decline)
+
+
 class Play:
     """One story.  Every verb feeds events; `wishes` holds what the last verb brought; the laws are checked at each event."""
 
     def __init__(self) -> None:
         self.fleet = Fleet()
+        self.observer = Observer()
+        self.start = T0
         self.now = T0
         self.wishes: list[act.Wish] = []
         self.everything: list[act.Wish] = []
@@ -62,31 +163,36 @@ class Play:
     def feed(self, *events: ev.Happened) -> Play:
         self.wishes = []
         for event in events:
-            self.story.append(f"{self.now - T0:8.1f} s  {brief(event)}")
+            self.story.append(f"{self.now - self.start:8.1f} s  {brief(event)}")
             wishes = self.fleet.handle(event, self.now)
             self.story.extend(f"{'':16}-> {brief(wish)}" for wish in wishes)
             self.wishes += wishes
             self.everything += wishes
+            self.observer.saw(event, wishes)
             self._check_laws()
         return self
 
     def _check_laws(self) -> None:
         self.fleet.check()
+        self.observer.agrees_with(self.fleet)
         snapshot = encode_state(self.fleet.state)
-        assert encode_state(decode_state(snapshot)) == snapshot, self.told("the snapshot lost something")
+        again = Fleet(decode_state(snapshot))
+        assert encode_state(again.state) == snapshot, self.told("the snapshot lost something")
+        assert again.handle(ev.Tick(), self.now) == [], self.told("something was possible and was not done")
+        assert encode_state(again.state) == snapshot, self.told("a tick that is not due changed the state")
         self.fleet.resume(self.now)
         assert encode_state(self.fleet.state) == snapshot, self.told("resume() changed the state")
 
     def at(self, seconds: float) -> Play:
         """Go to this many seconds after the start; nothing happens by itself."""
-        assert self.now <= T0 + seconds, "time runs forward"
-        self.now = T0 + seconds
+        assert self.now <= self.start + seconds, "time runs forward"
+        self.now = self.start + seconds
         return self
 
     def ticks(self, until: float) -> Play:
         """Let time alone pass: a Tick at every wake_at up to this many seconds after the start."""
         wishes: list[act.Wish] = []
-        while (due := self.fleet.wake_at) is not None and due <= T0 + until:
+        while (due := self.fleet.wake_at) is not None and due <= self.start + until:
             self.now = due
             wishes += self.feed(ev.Tick()).wishes
         self.wishes = wishes
@@ -113,7 +219,7 @@ class Play:
 
     def move(self, agent: str, state: ExecState, job: str = "j", **fields: Any) -> Play:
         """The agent's share, as the core has it, moves on; `fields` overrides what the message says."""
-        share = self.share(agent, job)
+        share = self._share(agent, job)
         self._serials[agent] = self._serials.get(agent, 0) + 1
         said = {
             "round": self._round_of(agent, job),
@@ -132,11 +238,11 @@ class Play:
 
     def ready(self, *agents: str, **tables: dict[str, Any]) -> Play:
         """Job j is submitted, these agents join and are surveyed."""
-        return self.submit(**tables).join(*agents).survey(*agents)
+        return self.submit("j", **tables).join(*agents).survey(*agents)
 
     def offer(self, agent: str, job: str = "j", *, tag: str = "", size: int = 100, **fields: Any) -> Offer:
         """The update that this agent makes of its present share."""
-        share = self.share(agent, job)
+        share = self._share(agent, job)
         said = {
             "round": self._round_of(agent, job),
             "attempt": share.attempt if share else 0,
@@ -213,8 +319,13 @@ class Play:
     def phase(self, name: str = "j") -> Phase:
         return self.job(name).phase
 
-    def share(self, agent: str, job: str = "j") -> Share | None:
+    def share(self, agent: str, job: str = "j") -> Share:
         """The agent's share of the open round, or else its survey."""
+        share = self._share(agent, job)
+        assert share, self.told(f"{agent} has no share of {job}")
+        return share
+
+    def _share(self, agent: str, job: str) -> Share | None:
         state = self.job(job)
         if state.round and agent in state.round.shares:
             return state.round.shares[agent]
@@ -238,3 +349,8 @@ class Play:
 @pytest.fixture
 def play() -> Play:
     return Play()
+
+
+@pytest.fixture
+def observer() -> type[Observer]:
+    return Observer

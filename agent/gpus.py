@@ -1,0 +1,123 @@
+"""NVIDIA devices as NVML sees them, each field by itself.
+
+What a device cannot tell (a MIG parent, a laptop part, inside a container) costs that field and no other.
+
+NVML is the driver's own library; `nvidia-ml-py` only binds it.  It is opened once and kept open: on a server without the
+persistence daemon the first client wakes the device up, which takes seconds.  Without a driver the attempt costs 0.1 ms,
+so it is made again each time and a driver that was installed later is found without a restart.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+import psutil
+import pynvml as nvml
+
+from protocol.messages import Gpu
+
+T = TypeVar("T")
+
+_opened: list[bool] = []
+MAX_GPUS: Final = 64
+
+
+def gpus(notes: list[str]) -> tuple[list[Gpu], str]:
+    """Return the devices that this process may use and the driver's version ('' without one).
+
+    `CUDA_VISIBLE_DEVICES` is respected, by index in PCI order or by the beginning of a UUID.  What could not be read is added
+    to `notes` in words.  Never raises for a missing or broken driver.
+    """
+    try:
+        if not _opened:
+            nvml.nvmlInit()
+            _opened.append(True)
+        driver = _read(nvml.nvmlSystemGetDriverVersion, "", "driver version", notes)
+        handles = [(i, nvml.nvmlDeviceGetHandleByIndex(i)) for i in range(min(nvml.nvmlDeviceGetCount(), MAX_GPUS))]
+    except nvml.NVMLError_LibraryNotFound:
+        notes.append("no NVIDIA driver: training runs on the CPU")
+        return [], ""
+    except nvml.NVMLError as error:
+        _close()  # after a driver update the open library is useless; the next look opens it anew
+        notes.append(f"NVML does not answer ({error}): training runs on the CPU; try nvidia-smi on this server")
+        return [], ""
+    ours = _own_processes()
+    return [_gpu(i, handle, ours, notes) for i, handle in handles if _visible(i, handle)], _text(driver)
+
+
+def _close() -> None:
+    if _opened:
+        _opened.clear()
+        try:
+            nvml.nvmlShutdown()
+        except nvml.NVMLError:
+            return
+
+
+def _gpu(index: int, handle: Any, ours: set[int], notes: list[str]) -> Gpu:
+    """Read one device; costs a few milliseconds."""
+
+    def read(get: Callable[..., T], default: T, what: str, *args: object) -> T:
+        return _read(get, default, f"GPU {index}: {what}", notes, handle, *args)
+
+    memory = read(nvml.nvmlDeviceGetMemoryInfo, None, "memory")
+    major, minor = read(nvml.nvmlDeviceGetCudaComputeCapability, (0, 0), "compute capability")
+    busy = read(nvml.nvmlDeviceGetUtilizationRates, None, "utilization")
+    none: list[Any] = []
+    computing = read(nvml.nvmlDeviceGetComputeRunningProcesses, none, "compute processes")
+    drawing = read(nvml.nvmlDeviceGetGraphicsRunningProcesses, none, "graphics processes")
+    return Gpu(
+        index=index,
+        name=_text(read(nvml.nvmlDeviceGetName, "unknown", "name"))[:200],
+        total_bytes=int(memory.total) if memory else 0,
+        free_bytes=int(memory.free) if memory else 0,
+        utilization_ratio=min(1.0, busy.gpu / 100) if busy else 0.0,
+        n_other_processes=len({p.pid for p in [*computing, *drawing]} - ours),
+        power_w=read(nvml.nvmlDeviceGetPowerUsage, 0, "power") / 1000,
+        temperature_c=float(read(nvml.nvmlDeviceGetTemperature, 0, "temperature", nvml.NVML_TEMPERATURE_GPU)),
+        compute=f"{major}.{minor}" if major else "",
+        mig=read(nvml.nvmlDeviceGetMigMode, (0, 0), "MIG mode")[0] == nvml.NVML_DEVICE_MIG_ENABLE,
+        ecc_errors=read(
+            nvml.nvmlDeviceGetTotalEccErrors,
+            0,
+            "ECC errors",
+            nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
+            nvml.NVML_VOLATILE_ECC,
+        ),
+    )
+
+
+def _read(get: Callable[..., T], default: T, what: str, notes: list[str], *args: object) -> T:
+    """Call NVML; a device that does not have the field is no news, any other failure is noted."""
+    try:
+        return get(*args)
+    except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):
+        return default
+    except nvml.NVMLError as error:
+        notes.append(f"{what} could not be read: {error}")
+        return default
+
+
+def _visible(index: int, handle: Any) -> bool:
+    """Whether `CUDA_VISIBLE_DEVICES` lets this process use the device; a MIG instance's name hides nothing here."""
+    wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if wanted is None:
+        return True
+    names = [w.strip() for w in wanted.split(",") if w.strip()]
+    uuid = _text(_read(nvml.nvmlDeviceGetUUID, "", "UUID", [], handle))
+    return any(n == str(index) or n.startswith("MIG-") or (n.startswith("GPU-") and uuid.startswith(n)) for n in names)
+
+
+def _own_processes() -> set[int]:
+    """This process and everything below it: the training child's memory on the device is ours to plan with."""
+    try:
+        me = psutil.Process()
+        return {me.pid, *(child.pid for child in me.children(recursive=True))}
+    except psutil.Error:
+        return {os.getpid()}
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value

@@ -1,0 +1,198 @@
+"""Transcripts: agents that are surveyed, come, leave and come back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from coordinator.core import actions as act
+from coordinator.core.fleet import encode_state
+from coordinator.core.state import Phase
+from protocol.messages import ExecState
+
+if TYPE_CHECKING:
+    from tests.coordinator.conftest import Play
+
+
+# ------------------------------------------------------------------------------------------------------------ surveys
+
+
+def test_an_agent_without_data_is_out_and_the_reason_is_kept(play: Play) -> None:
+    play.submit().join("a", "b").survey("a", n_train=0)
+    assert play.job().members["a"].excluded == "the survey brought nothing to train on"
+    play.survey("b").expects(act.MakePlan, agents=["b"])
+
+
+def test_an_agent_that_cannot_open_its_data_is_out_until_it_starts_again(play: Play) -> None:
+    play.submit().join("a").move("a", ExecState.FAILED, reason="no [data.default] table here")
+    assert play.job().members["a"].excluded == "no [data.default] table here"
+    play.join("a", session=1).lacks(act.Assign)
+    play.join("a", session=2).expects(act.Assign, agent="a", plan={"purpose": "survey", "attempt": 1})
+    play.survey("a").expects(act.MakePlan, agents=["a"])
+
+
+def test_an_agent_with_another_base_is_out(play: Play) -> None:
+    play.submit().join("a", "b", "c").survey("a").survey("b", base="other")
+    play.survey("c").expects(act.MakePlan, agents=["a", "c"])
+    assert play.job().members["b"].excluded.startswith("bad_base: has ")
+    play.join("b", session=2).lacks(act.Assign, agent="b")
+
+
+def test_a_named_base_outvotes_the_majority(play: Play) -> None:
+    digest = "ab" * 32
+    play.submit(model={"source": "toy", "sha256": digest})
+    plan = play.join("a", "b").expects(act.Assign, agent="a").plan
+    assert plan.base.sha256 == digest
+    play.survey("a", "b").lacks(act.MakePlan)
+    assert all(m.excluded.startswith("bad_base") for m in play.job().members.values())
+
+
+def test_a_late_joiner_is_surveyed_while_others_train_and_joins_the_next_round(play: Play) -> None:
+    play.ready("a").plan()
+    play.at(50).join("b").expects(act.Assign, agent="b", plan={"purpose": "survey", "round": 0})
+    play.survey("b").lacks(act.MakePlan)
+    play.trains("a").fold().expects(act.MakePlan, round=2, agents=["a", "b"])
+    play.plan().expects(act.Assign, agent="b", plan={"purpose": "train", "round": 2, "version": 1})
+
+
+def test_a_survey_that_takes_too_long_ends_and_the_others_start(play: Play) -> None:
+    play.submit(round={"survey_s": 20.0}).join("a", "b").survey("a")
+    play.ticks(19.0).lacks(act.MakePlan)
+    ended = play.ticks(20.0)
+    ended.expects(act.Withdraw, agent="b", cancel={"round": 0, "reason": "no survey within 20 s"})
+    ended.expects(act.MakePlan, agents=["a"])
+    assert play.job().members["b"].excluded == "no survey within 20 s"
+
+
+def test_an_agent_that_was_silent_in_its_survey_is_asked_again_when_it_is_back(play: Play) -> None:
+    play.submit(round={"survey_s": 20.0}).join("a").leave("a").ticks(25.0)
+    assert play.job().members["a"].excluded == "no survey within 20 s"
+    play.join("a", session=1).expects(act.Assign, agent="a", plan={"purpose": "survey", "attempt": 1})
+
+
+def test_an_agent_that_dies_in_the_first_survey_holds_nobody_up_longer_than_its_grace(play: Play) -> None:
+    play.submit().join("a", "b").survey("a").at(5).leave("b").lacks(act.MakePlan)
+    play.ticks(14.9).lacks(act.MakePlan)
+    play.ticks(15.0).expects(act.MakePlan, agents=["a"])
+
+
+def test_a_survey_that_comes_after_its_time_changes_nothing(play: Play) -> None:
+    play.submit().join("a", "b").survey("b").ticks(50.0).plan()
+    assert play.survey("a").wishes == []
+    assert play.job().members["a"].surveyed is None
+    assert play.job().members["a"].excluded == "no survey within 50 s"
+
+
+def test_only_the_first_round_waits_for_surveys(play: Play) -> None:
+    play.ready("a").plan().join("b")
+    play.trains("a").fold().expects(act.MakePlan, round=2, agents=["a"])
+
+
+def test_a_survey_is_open_when_the_job_completes(play: Play) -> None:
+    play.ready("a", round={"n_rounds": 1}).plan().trains("a").fold()
+    play.join("b").expects(act.Assign, agent="b", plan={"purpose": "survey"})
+    done = play.evaluates("a")
+    done.expects(act.Finish, phase="completed")
+    done.expects(act.Withdraw, agent="b", cancel={"round": 0, "reason": "the job is completed"})
+    assert play.free()
+
+
+def test_only_invited_agents_that_know_the_method_are_asked(play: Play) -> None:
+    play.submit(head={"only": ["a", "b"]})
+    play.join("b", methods=("prompt",)).lacks(act.Assign)
+    play.join("c").lacks(act.Assign)
+    play.join("a").expects(act.Assign, agent="a")
+
+
+# ---------------------------------------------------------------------------------------------- agents come and leave
+
+
+def test_a_dead_agent_is_waited_for_during_its_grace_only(play: Play) -> None:
+    play.ready("a", "b").plan().trains("a").at(5).leave("b").lacks(act.Aggregate)
+    play.ticks(14.9).lacks(act.Aggregate)
+    closed = play.ticks(15.0)
+    assert [c.agent for c in closed.expects(act.Aggregate).contributions] == ["a"]
+    closed.expects(act.Withdraw, agent="b", cancel={"reason": "the agent vanished and did not come back in time"})
+
+
+def test_a_dead_agent_does_not_hurry_those_who_are_at_work(play: Play) -> None:
+    play.ready("a", "b").plan().leave("b").ticks(60.0).lacks(act.Withdraw)
+    play.trains("a").expects(act.Aggregate)
+
+
+def test_an_agent_that_restarts_in_time_gets_its_plan_again_with_the_time_that_is_left(play: Play) -> None:
+    play.ready("a", "b").plan().move("b", ExecState.TRAINING).at(5).leave("b")
+    again = play.at(12).join("b", session=2).expects(act.Assign, agent="b").plan
+    assert (again.round, again.attempt, again.stop_after_s, again.ttl_s) == (1, 0, 88.0, 108.0)
+    play.move("b", ExecState.ACCEPTED, serial=1).trains("b", "a").expects(act.Aggregate)
+    assert play.fleet.state.counts == {}
+
+
+def test_the_will_of_an_older_session_is_ignored(play: Play) -> None:
+    play.ready("a").plan().join("a", session=2).leave("a", session=1)
+    assert play.fleet.state.agents["a"].online
+    assert play.fleet.state.counts == {"stale_death": 1}
+    play.ticks(60.0)
+    assert play.phase() is Phase.COLLECTING
+
+
+def test_a_birth_that_is_said_twice_repeats_the_plan_and_changes_nothing(play: Play) -> None:
+    play.ready("a").plan().move("a", ExecState.TRAINING)
+    before = encode_state(play.fleet.state)
+    play.join("a", session=1).lacks(act.Withdraw).expects(act.Assign, agent="a", plan={"round": 1})
+    assert encode_state(play.fleet.state) == before
+
+
+def test_a_birth_without_work_clears_an_old_plan(play: Play) -> None:
+    assert play.join("a").wishes == [act.Withdraw(agent="a")]
+
+
+def test_planned_agents_that_leave_are_not_asked(play: Play) -> None:
+    play.ready("a", "b").leave("b").plan().lacks(act.Assign, agent="b")
+    play.expects(act.Assign, agent="a")
+
+
+def test_when_too_few_of_the_planned_agents_stay_the_job_waits(play: Play) -> None:
+    play.ready("a", "b", round={"min_agents": 2}).at(3).leave("b").plan().lacks(act.Assign)
+    assert play.phase() is Phase.WAITING
+    play.join("b").expects(act.MakePlan, agents=["a", "b"], attempt=0)
+
+
+def test_plans_that_come_to_nothing_do_not_make_the_wait_longer(play: Play) -> None:
+    play.ready("a", "b", round={"min_agents": 2}).at(100).leave("b").plan().lacks(act.Assign)
+    play.ticks(299.9).lacks(act.Finish)
+    play.ticks(300.0).expects(act.Finish, phase="failed")
+
+
+def test_the_first_round_is_patient_for_start_agents_but_not_for_ever(play: Play) -> None:
+    play.ready("a", round={"start_agents": 3}).lacks(act.MakePlan)
+    play.ticks(29.9).lacks(act.MakePlan)
+    play.ticks(30.0).expects(act.MakePlan, agents=["a"])
+
+
+def test_the_first_round_starts_at_once_when_start_agents_are_there(play: Play) -> None:
+    play.ready("a", "b", round={"start_agents": 3}).lacks(act.MakePlan)
+    play.at(10).join("c").survey("c").expects(act.MakePlan, agents=["a", "b", "c"])
+
+
+def test_without_enough_agents_the_job_fails_and_says_who_was_there_and_why_not(play: Play) -> None:
+    play.submit(round={"min_agents": 2}).join("a", "b").survey("a").survey("b", n_train=0)
+    play.ticks(299.9).lacks(act.Finish)
+    finish = play.ticks(300.0).expects(act.Finish, phase="failed")
+    assert finish.reason == (
+        "no_agents: 2 needed for 300 s; 2 agents known, 2 online, 0 at work for other jobs; b: the survey brought nothing to train on"
+    )
+    assert play.fleet.wake_at is None
+
+
+def test_an_evaluation_with_nobody_there_completes_the_job(play: Play) -> None:
+    play.ready("a", round={"n_rounds": 1}).plan().trains("a").leave("a")
+    play.fold().expects(act.Finish, phase="completed")
+    play.expects(act.Record, record={"purpose": "evaluate", "shares": {}})
+
+
+def test_an_evaluation_does_not_wait_longer_than_its_deadline(play: Play) -> None:
+    play.ready("a", "b", round={"n_rounds": 1}).plan().trains("a", "b").fold().evaluates("a")
+    play.ticks(49.9).lacks(act.Finish)
+    done = play.ticks(50.0)
+    done.expects(act.Finish, phase="completed")
+    done.expects(act.Withdraw, agent="b", cancel={"round": 2})
