@@ -147,6 +147,7 @@ class Agent:
         match wish:
             case act.SayBirth():
                 self._say_birth()
+                self.exchange.connected()  # behind it: with our birth the coordinator forgets what credit it had
             case act.Say(message=message):
                 self._say("exec", message)
                 extra = {"action": "share", "job": message.job, "round": message.round, "state": str(message.state)}
@@ -301,7 +302,6 @@ class Agent:
                 case Connected(mqtt_version=version):
                     self.connected = True
                     logger.info("connected", extra={"action": "bus_up", "mqtt": version})
-                    self.exchange.connected()
                     for due in self.uploads.reset(self.clock()):
                         self._say("offer", due.offer)
                     self.tell(ev.BusUp())
@@ -339,8 +339,8 @@ class Agent:
             case Rebirth():
                 self.tell(ev.RebirthAsked())
             case CoordinatorState():
-                if body.online and body.session != self.core.coordinator:
-                    self.exchange.peer_reborn(COORDINATOR)
+                if body.online and not self.core.coordinator:
+                    self.exchange.peer_reborn(COORDINATOR)  # the successor of a known one hears our birth
                 self.tell(ev.CoordinatorSeen(session=body.session, online=body.online))
             case Grant():
                 self.uploads.granted(body.xfer, self.clock())

@@ -28,7 +28,7 @@ from coordinator.work import SOFTWARE, Work
 from protocol.blobs import Blobs
 from protocol.bus import Bus, Connected, Disconnected, Received, Will, mqtt_bus
 from protocol.daemon import Clock, OncePer, feed_watchdog, notify
-from protocol.errors import BadMessage, IllegalMove, Unavailable
+from protocol.errors import BadMessage, Unavailable
 from protocol.messages import CoordinatorState, Grant, Offer, Progress, Rebirth, Refuse
 from protocol.outgoing import Outgoing
 from protocol.topics import FromAgent, Topics
@@ -58,7 +58,7 @@ class Coordinator:
         self.outgoing = Outgoing(self.clock)
         self.work = Work(config, self.store, self.blobs, self.clock)
         self.presence = Presence(config.heartbeat_s)
-        self.fleet, self._seq = self._recover()
+        self.fleet, self._seq, self._owed = self._recover()
         self.connected = False
         self.bus_fault = "not connected yet"
         self.watchers: set[Watcher] = set()
@@ -76,6 +76,7 @@ class Coordinator:
         )
         self.exchange = self.traffic.exchange
         self._inbox: asyncio.Queue[Posted] = asyncio.Queue()
+        self._taking = False
         self._timer_moved = asyncio.Event()
         self._folding: dict[str, act.Aggregate] = {}
         self._slow: dict[str, asyncio.Task[None]] = {}
@@ -113,21 +114,26 @@ class Coordinator:
         self.store.save_snapshot(self._seq, encode_state(self.fleet.state))
         self.store.close()
 
-    def _recover(self) -> tuple[Fleet, int]:
-        """Snapshot + journal.  A row that the core cannot take is marked and left out: it must not stop every restart."""
+    def _recover(self, before: int = 2**62) -> tuple[Fleet, int, list[act.Record]]:
+        """Snapshot + journal up to a row; also the records that may not have been written before a crash.
+
+        A row that the core cannot take is marked and left out: it must not stop every restart.
+        """
         while True:
             saved = self.store.load_snapshot()
             seq, fleet = (saved[0], Fleet(decode_state(saved[1]))) if saved else (0, Fleet())
-            for entry in self.store.replay(seq):
+            owed: list[act.Record] = []
+            for entry in self.store.replay(seq, before):
                 try:
-                    fleet.handle(entry.event, entry.at)
-                except (IllegalMove, AssertionError, LookupError, ValueError):
+                    wishes = fleet.handle(entry.event, entry.at)
+                except Exception:
                     logger.exception("a journal row is poison", extra={"action": "poison", "seq": entry.seq})
                     self.store.poison(entry.seq)
                     break
+                owed += [wish for wish in wishes if isinstance(wish, act.Record)]
                 seq = entry.seq
             else:
-                return fleet, seq
+                return fleet, seq, owed
 
     # ------------------------------------------------------------------------------------------------------- consumer
 
@@ -142,6 +148,11 @@ class Coordinator:
         self._inbox.put_nowait((event, None))
 
     async def _consume(self) -> None:
+        for owed in self._owed:
+            await self.work.record(owed.job, owed.record)
+        for name, job in self.fleet.state.jobs.items():
+            if job.phase in ENDED and not self._export_folder(name).exists():
+                self._spawn(f"export/{name}", self.work.export(job, self._export_folder(name)))
         for wish in self.fleet.resume(self.clock()):
             self._perform(wish)
         for agent in self.fleet.state.agents.values():
@@ -151,7 +162,9 @@ class Coordinator:
             batch = [await self._inbox.get()]
             while not self._inbox.empty():
                 batch.append(self._inbox.get_nowait())
+            self._taking = True
             await self._take(batch)
+            self._taking = False
             self._timer_moved.set()
 
     async def _take(self, batch: list[Posted]) -> None:
@@ -160,13 +173,12 @@ class Coordinator:
         seqs = await self._journal(batch, now)
         wishes: list[act.Wish] = []
         for seq, (event, done) in zip(seqs, batch, strict=True):
-            handled = self._handle(seq, event, now)
+            wishes += self._handle(seq, event, now)
             if done and not done.done():
                 done.set_result(None)
-            if handled is None:  # the recovery replayed the rest of the batch
-                wishes = self.fleet.resume(now)
-                break
-            wishes += handled
+        for wish in wishes:
+            if isinstance(wish, act.Record):  # durable before a snapshot forgets that it was wished for
+                await self.work.record(wish.job, wish.record)
         for wish in wishes:
             self._perform(wish)
         events = [event for event, _ in batch]
@@ -197,15 +209,15 @@ class Coordinator:
         except Unavailable as error:  # the journal holds everything; only the next restart takes longer
             logger.error("%s", error, extra={"action": "snapshot_refused"})
 
-    def _handle(self, seq: int, event: ev.Happened, now: float) -> list[act.Wish] | None:
-        """What the core wishes; None when it could not take the event and was recovered without it."""
+    def _handle(self, seq: int, event: ev.Happened, now: float) -> list[act.Wish]:
+        """What the core wishes; an event that it cannot take is poison, and the core is made anew from those before."""
         try:
             wishes = self.fleet.handle(event, now)
-        except (IllegalMove, AssertionError, LookupError, ValueError):
+        except Exception:
             logger.exception("the core refused an event", extra={"action": "poison", "event": type(event).__name__})
             self.store.poison(seq)
-            self.fleet, self._seq = self._recover()
-            return None
+            self.fleet, self._seq, _ = self._recover(before=seq)
+            return self.fleet.resume(now)
         self._seq = seq
         logger.debug("%s -> %s", type(event).__name__, [type(w).__name__ for w in wishes], extra={"action": "handled"})
         return wishes
@@ -238,7 +250,6 @@ class Coordinator:
             case act.Serve(blob=blob):
                 self.traffic.serve(blob)
             case act.Record(job=job, record=record):
-                self._spawn(f"record/{job}/{record.round}/{record.attempt}", self.work.record(job, record))
                 logger.info(
                     "round closed",
                     extra={
@@ -255,9 +266,10 @@ class Coordinator:
                 )
             case act.Finish(job=job, phase=phase, reason=reason):
                 logger.info("job ended", extra={"action": "job_ended", "job": job, "phase": phase, "reason": reason})
-                self._spawn(
-                    f"export/{job}", self.work.export(self.fleet.state.jobs[job], self.folder / "exports" / job)
-                )
+                self._spawn(f"export/{job}", self.work.export(self.fleet.state.jobs[job], self._export_folder(job)))
+
+    def _export_folder(self, job: str) -> Path:
+        return self.folder / "exports" / job
 
     def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         """Start slow work; the same asked for again while it runs is under way already."""
@@ -307,6 +319,9 @@ class Coordinator:
         self.exchange.connected()
         for wish in self.fleet.resume(self.clock()):
             self._perform(wish)
+        for agent in self.fleet.state.agents.values():
+            if not agent.task:  # what was withdrawn while there was no broker is retained there still
+                self.outgoing.clear(self.topics.down(agent.id, "plan"))
 
     def _receive(self, topic: str, payload: bytes) -> None:
         try:
@@ -319,7 +334,8 @@ class Coordinator:
                 self._hear(place, payload)
         except BadMessage as error:
             self.n_bad_messages += 1
-            held = self._complaints(f"bad {topic}", self.clock())
+            who = "/".join(topic.split("/")[:5])  # an agent may invent any number of topics below its own
+            held = self._complaints(who, self.clock())
             if held is not None:
                 extra = {"action": "bad_message", "topic": topic, "more": held}
                 logger.warning("message ignored: %s", error, extra=extra)
@@ -361,7 +377,9 @@ class Coordinator:
     async def _timer(self) -> None:
         while True:
             self._timer_moved.clear()
-            due = [at for at in (self.fleet.wake_at, self.exchange.wake_at) if at is not None]
+            core = None if self._taking or not self._inbox.empty() else self.fleet.wake_at  # else the consumer moves it
+            transfers = self.exchange.wake_at if self.connected else None
+            due = [at for at in (core, transfers) if at is not None]
             wait_s = min(max(0.0, min(due) - self.clock()), 1.0) if due else 1.0
             try:
                 async with asyncio.timeout(wait_s):  # wait_for can swallow a cancellation (Python 3.11)
@@ -373,7 +391,7 @@ class Coordinator:
         now = self.clock()
         if self.connected and (at := self.exchange.wake_at) is not None and at <= now:
             self.exchange.tick()
-        if (at := self.fleet.wake_at) is not None and at <= now and self._inbox.empty():
+        if (at := self.fleet.wake_at) is not None and at <= now and not self._taking and self._inbox.empty():
             self.tell(ev.Tick())
 
     async def _watch_silence(self) -> None:

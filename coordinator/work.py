@@ -63,6 +63,8 @@ class Work:
                         at=self._clock(),
                     )
                 )
+            except FileNotFoundError as error:  # waiting would not bring it back
+                return ev.AggregateFailed(job=wish.job, round=wish.round, attempt=wish.attempt, reason=f"gone: {error}")
             except (Unavailable, OSError) as error:
                 logger.error("cannot store the next version: %s", error, extra={"action": "disk", "job": wish.job})
                 await asyncio.sleep(RETRY_S)

@@ -127,7 +127,7 @@ def _plan(spec: JobSpec, agent: str, purpose: str, matrices: list[Matrix]) -> Pl
         )
         if choice and trains
         else None,
-        evaluate=None if trains else Evaluation(max_samples=spec.evaluate.max_samples),
+        evaluate=None if trains else Evaluation(max_samples=spec.evaluate.max_samples, max_tokens=training.max_tokens),
         update_dtype="fp32",
         issued_at=0.0,
         stop_after_s=HOUR_S,

@@ -5,7 +5,6 @@ The page is one file without scripts or requests: it can be mailed, kept with th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -57,8 +56,7 @@ def write_report(report: Report, folder: Path) -> Files:
     """Write report.json, report.html and loss.png into `folder`; about a second."""
     folder.mkdir(parents=True, exist_ok=True)
     files = Files(folder / "report.json", folder / "report.html", folder / "loss.png")
-    plain = json.dumps(msgspec.to_builtins(report), indent=1, ensure_ascii=False, allow_nan=False)
-    files.json.write_text(plain + "\n", encoding="utf-8")
+    files.json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
     files.html.write_text(page(report), encoding="utf-8")
     files.png.write_bytes(plots.png(report))
     return files

@@ -270,6 +270,8 @@ class Evaluation(Value, frozen=True, kw_only=True):
     max_samples: Annotated[int, Meta(ge=1, le=10**7)] = 256
     metrics: Annotated[list[Name], Meta(max_length=16)] = []
     max_new_tokens: Annotated[int, Meta(ge=1, le=4096)] = 48
+    max_tokens: Annotated[int, Meta(ge=8, le=2**20)] = 512
+    """Where examples are cut; the same in every round, or versions would be measured on different text."""
 
 
 class Plan(Message, frozen=True, kw_only=True, tag="plan"):

@@ -145,7 +145,7 @@ def _evaluate(
         parts.held_out,
         plan.evaluate,
         batch=training.batch,
-        max_tokens=training.max_tokens,
+        max_tokens=plan.evaluate.max_tokens,
     )
     is_stopping = False
     while True:

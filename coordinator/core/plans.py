@@ -73,7 +73,10 @@ def _bits(job: JobState, agent: str) -> Bits:
 def _evaluation(job: JobState, round_: Round) -> Evaluation | None:
     spec = job.spec.evaluate
     wanted = round_.purpose == "evaluate" or (round_.number - 1) % spec.every == 0
-    return Evaluation(max_samples=spec.max_samples, metrics=list(spec.metrics)) if wanted else None
+    if not wanted:
+        return None
+    max_tokens = job.spec.train.max_tokens
+    return Evaluation(max_samples=spec.max_samples, metrics=list(spec.metrics), max_tokens=max_tokens)
 
 
 def _training(job: JobState, round_: Round, share: Share) -> Training | None:

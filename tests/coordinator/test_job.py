@@ -271,17 +271,18 @@ def test_a_plan_is_complete(play: Play) -> None:
     train = plan.train
     assert (train.n_steps, train.batch, train.accumulation, train.checkpointing) == (5, 2, 3, True)
     assert (train.learning_rate, train.max_tokens) == (0.001, 64)
-    assert (plan.evaluate.max_samples, plan.evaluate.metrics) == (8, ["rougeL"])
+    assert (plan.evaluate.max_samples, plan.evaluate.metrics, plan.evaluate.max_tokens) == (8, ["rougeL"], 64)
 
 
 def test_versions_are_measured_every_so_many_rounds_and_at_the_end(play: Play) -> None:
-    play.ready("a", round={"n_rounds": 3}, evaluate={"every": 2})
+    play.ready("a", round={"n_rounds": 3}, evaluate={"every": 2}, train={"max_tokens": 64})
     measured = []
     for _ in range(3):
         measured.append(play.plan().expects(act.Assign).plan.evaluate is not None)
         play.trains("a").fold()
     assert measured == [True, False, True]
-    assert play.expects(act.Assign, plan={"purpose": "evaluate"}).plan.evaluate is not None
+    last = play.expects(act.Assign, plan={"purpose": "evaluate"}).plan
+    assert last.evaluate.max_tokens == 64, "the last version is measured on the same text as the first"
 
 
 @pytest.mark.parametrize(
