@@ -13,6 +13,8 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from agent import bases, child, profiler
 from agent.config import AgentConfig
 from agent.core import actions as act
@@ -77,7 +79,7 @@ class Agent:
             spool=Spool(self.blobs, max_bytes=config.limits.max_model_bytes),
             receiving=Receiving(),
             clock=self.clock,
-            say=self._say_transfer,
+            say=lambda _peer, message: self._say("answer", message),
             chunk_topic=lambda _peer, xfer: self.topics.up_chunk(config.agent, xfer),
             source=self.outbox.path,
             outcome=self._model_ended,
@@ -112,7 +114,7 @@ class Agent:
             notify(READY="1", STATUS="waiting for the broker")
             await stop.wait()
             await self._wind_down()
-            for task in tasks:
+            for task in [*tasks, *filter(None, [self._run])]:
                 task.cancel()
 
     async def _wind_down(self) -> None:
@@ -136,9 +138,8 @@ class Agent:
         while True:
             event = await self._inbox.get()
             wishes = self.core.handle(event, self.clock())
-            logger.debug(
-                "%s -> %s", type(event).__name__, [type(w).__name__ for w in wishes], extra={"action": "handled"}
-            )
+            kinds = [type(wish).__name__ for wish in wishes]
+            logger.debug("%s -> %s", type(event).__name__, kinds, extra={"action": "handled"})
             for wish in wishes:
                 self._perform(wish)
             self._timer_moved.set()
@@ -241,10 +242,10 @@ class Agent:
     def _child_said(self, event: child.Event) -> None:
         match event:
             case child.Phase(name=name):
-                self.progress = _replace(self.progress, phase=name, step=0, n_steps=0)
+                self.progress = msgspec.structs.replace(self.progress, phase=name, step=0, n_steps=0)
                 self.tell(ev.ChildBegan(phase=name))
             case child.Stepped():
-                self.progress = _replace(
+                self.progress = msgspec.structs.replace(
                     self.progress, step=event.step, n_steps=event.n_steps, samples=event.samples, loss=event.loss
                 )
             case child.Evaluated(result=result):
@@ -288,9 +289,6 @@ class Agent:
 
     def _say(self, leaf: UpLeaf, body: Body) -> None:
         self.outgoing.say(self._topic(leaf), body)
-
-    def _say_transfer(self, _peer: str, message: Grant | Done | Refuse) -> None:
-        self._say("answer", message)
 
     def _say_birth(self) -> None:
         self.outgoing.say(self._topic("state"), self._presence(online=True), retain=True)
@@ -400,9 +398,3 @@ class Agent:
             if profiler.changed(self.report, report):
                 self.report = report
                 self.outgoing.say(self._topic("report"), report, retain=True)
-
-
-def _replace(progress: Progress, **changes: object) -> Progress:
-    import msgspec
-
-    return msgspec.structs.replace(progress, **changes)

@@ -35,6 +35,7 @@ from protocol.topics import FromAgent, Topics
 
 CLIENT_ID = "fedpipe-coordinator"
 DISK_RETRY_S = 5.0
+PARTIAL_KEPT_S = 7 * 86_400.0  # for unfinished uploads that nobody goes on with
 
 logger = logging.getLogger(__name__)
 Watcher = Callable[[list[ev.Happened], list[act.Wish]], None]
@@ -53,6 +54,7 @@ class Coordinator:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.store = Store(self.folder / "journal.sqlite")
         self.blobs = Blobs(self.folder / "blobs")
+        self.blobs.sweep(PARTIAL_KEPT_S)
         self.clock = Clock(self.store.last_at())
         self.topics = Topics(config.fleet)
         self.outgoing = Outgoing(self.clock)
@@ -88,9 +90,8 @@ class Coordinator:
 
     async def run(self, stop: asyncio.Event, *more: Coroutine[Any, Any, None]) -> None:
         """Work until `stop` is set; `more` (the web server) runs beside it."""
-        logger.info(
-            "started", extra={"action": "started", "fleet": self.config.fleet, "session": self.outgoing.session}
-        )
+        extra = {"action": "started", "fleet": self.config.fleet, "session": self.outgoing.session}
+        logger.info("started", extra=extra)
         async with self.bus, asyncio.TaskGroup() as group:
             self._group = group
             await self.bus.subscribe(*self.topics.coordinator_subscriptions())
@@ -234,9 +235,8 @@ class Coordinator:
                     self.outgoing.say(self.topics.down(agent, "cmd"), cancel)
             case act.Announce(card=card):
                 self.outgoing.say(self.topics.job(card.job), card, retain=True)
-                logger.info(
-                    "job moved", extra={"action": "job", "job": card.job, "phase": card.phase, "reason": card.reason}
-                )
+                extra = {"action": "job", "job": card.job, "phase": card.phase, "reason": card.reason}
+                logger.info("job moved", extra=extra)
             case act.MakePlan():
                 self.tell(self.work.plan(wish, self.fleet.state.jobs[wish.job]))
             case act.Fetch():
@@ -249,21 +249,6 @@ class Coordinator:
                 self._spawn(f"fold/{wish.job}/{wish.round}/{wish.attempt}", self._fold(wish))
             case act.Serve(blob=blob):
                 self.traffic.serve(blob)
-            case act.Record(job=job, record=record):
-                logger.info(
-                    "round closed",
-                    extra={
-                        "action": "round",
-                        "job": job,
-                        "round": record.round,
-                        "attempt": record.attempt,
-                        "outcome": record.outcome,
-                        "loss": record.loss,
-                        "wall_s": round(record.wall_s, 2),
-                        "done": sum(s.state == "DONE" for s in record.shares.values()),
-                        "agents": len(record.shares),
-                    },
-                )
             case act.Finish(job=job, phase=phase, reason=reason):
                 logger.info("job ended", extra={"action": "job_ended", "job": job, "phase": phase, "reason": reason})
                 self._spawn(f"export/{job}", self.work.export(self.fleet.state.jobs[job], self._export_folder(job)))
@@ -334,8 +319,8 @@ class Coordinator:
                 self._hear(place, payload)
         except BadMessage as error:
             self.n_bad_messages += 1
-            who = "/".join(topic.split("/")[:5])  # an agent may invent any number of topics below its own
-            held = self._complaints(who, self.clock())
+            agent = "/".join(topic.split("/")[:5])  # it may invent any number of topics below its own
+            held = self._complaints(agent, self.clock())
             if held is not None:
                 extra = {"action": "bad_message", "topic": topic, "more": held}
                 logger.warning("message ignored: %s", error, extra=extra)

@@ -15,6 +15,7 @@ from coordinator.core import events as ev
 from protocol import methods
 from protocol.adapters import Adapter
 from protocol.blobs import Blobs
+from protocol.errors import BadUpdate
 from protocol.messages import Blob, Wire
 from protocol.models import read_model, write_model
 from protocol.updates import open_update
@@ -25,8 +26,11 @@ MAX_MODEL_BYTES = 2**40
 def fold(action: act.Aggregate, blobs: Blobs, chunk_bytes: int, allowed: Collection[str] = ()) -> ev.Aggregated:
     """Aggregate, store the fp32 master and the file that agents download, and say what they are.
 
-    Raises BadUpdate when an update cannot be used, FileNotFoundError when one is gone, Unavailable when the disk refuses.
+    Raises BadUpdate when an update cannot be used or is gone, Unavailable when the disk refuses.
     """
+    for sha256 in [*(c.sha256 for c in action.contributions), *filter(None, [action.master])]:
+        if not blobs.has(sha256):
+            raise BadUpdate(f"{blobs.path(sha256)} is gone: nothing but the coordinator should delete there")
     method = methods.load(action.method, allowed)
     updates = [
         Weighted(
@@ -47,9 +51,9 @@ def fold(action: act.Aggregate, blobs: Blobs, chunk_bytes: int, allowed: Collect
     model = load_model(blobs, action.master)
     aggregator = aggregators.load(method.aggregator, allowed)
     result = aggregator.aggregate(model, updates, max_rank=action.max_rank, server_lr=action.server_lr)
-    master = _store(blobs, result.adapter, action, "fp32", chunk_bytes)
+    master = _store(blobs, result.adapter, action.version, "fp32", chunk_bytes)
     wire = cast("Wire", action.model_dtype)
-    served = master if wire == "fp32" else _store(blobs, result.adapter, action, wire, chunk_bytes)
+    served = master if wire == "fp32" else _store(blobs, result.adapter, action.version, wire, chunk_bytes)
     dropped = result.dropped_ratio.values()
     return ev.Aggregated(
         job=action.job,
@@ -67,9 +71,9 @@ def load_model(blobs: Blobs, master: str) -> Adapter:
     return read_model(blobs.path(master), max_bytes=MAX_MODEL_BYTES) if master else {}
 
 
-def _store(blobs: Blobs, adapter: Adapter, action: act.Aggregate, dtype: Wire, chunk_bytes: int) -> Blob:
-    part = blobs.partial / f"model-{action.job}-{action.version}-{dtype}"
-    levels = write_model(part, adapter, version=action.version, dtype=dtype)
-    whole = levels[-1]
-    blobs.adopt(part, whole.sha256)
+def _store(blobs: Blobs, adapter: Adapter, version: int, dtype: Wire, chunk_bytes: int) -> Blob:
+    with blobs.temporary() as part:
+        levels = write_model(part, adapter, version=version, dtype=dtype)
+        whole = levels[-1]
+        blobs.adopt(part, whole.sha256)
     return Blob(sha256=whole.sha256, size=whole.size, chunk=chunk_bytes, levels=levels)

@@ -63,8 +63,6 @@ class Work:
                         at=self._clock(),
                     )
                 )
-            except FileNotFoundError as error:  # waiting would not bring it back
-                return ev.AggregateFailed(job=wish.job, round=wish.round, attempt=wish.attempt, reason=f"gone: {error}")
             except (Unavailable, OSError) as error:
                 logger.error("cannot store the next version: %s", error, extra={"action": "disk", "job": wish.job})
                 await asyncio.sleep(RETRY_S)
@@ -82,7 +80,19 @@ class Work:
                 logger.error("%s", error, extra={"action": "disk", "job": job})
                 await asyncio.sleep(RETRY_S)
             else:
-                return
+                break
+        extra = {
+            "action": "round",
+            "job": job,
+            "round": record.round,
+            "attempt": record.attempt,
+            "outcome": record.outcome,
+            "loss": record.loss,
+            "wall_s": round(record.wall_s, 2),
+            "done": sum(s.state == "DONE" for s in record.shares.values()),
+            "agents": len(record.shares),
+        }
+        logger.info("round closed", extra=extra)
 
     def forget_updates(self, wish: act.Aggregate) -> None:
         """Delete updates whose aggregate is journalled."""

@@ -4,8 +4,8 @@
         \"\"\"
 
 So small a model does not discover within minutes, from docstrings alone, that the words of the answer mostly stand in the
-question; these exercises show nothing else, and the attention that copies forms in about a thousand steps (held-out
-docstrings then cost 15 % fewer nats, measured).  They are made of public words only: the same text that they accompany.
+question; these exercises show nothing else, and the attention that copies forms in about a thousand steps.
+They are made of public words only: the same text that they accompany.
 """
 
 from __future__ import annotations

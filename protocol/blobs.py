@@ -53,14 +53,14 @@ class Blobs:
         """Store `data` durably; its digest."""
         sha256 = hashlib.sha256(data).hexdigest()
         if not self.has(sha256):
-            with self._temporary() as temporary:
+            with self.temporary() as temporary:
                 temporary.write_bytes(data)
                 self.adopt(temporary, sha256)
         return sha256
 
     def put_file(self, source: Path) -> str:
         """Store a copy of `source` durably; its digest."""
-        with self._temporary() as temporary:
+        with self.temporary() as temporary:
             shutil.copyfile(source, temporary)
             return self.adopt(temporary, digest_file(temporary)[0])
 
@@ -99,7 +99,8 @@ class Blobs:
         return n
 
     @contextmanager
-    def _temporary(self) -> Iterator[Path]:
+    def temporary(self) -> Iterator[Path]:
+        """A path of its own for a file that is to be adopted; what is left there at the end of the block is deleted."""
         path = self.partial / f"new-{uuid4().hex}"
         try:
             with disk(self.folder):

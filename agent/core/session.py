@@ -296,7 +296,7 @@ class Session:
             self._begin(self.waiting, self._waiting_since)
 
     def _stop_work(self, reason: str, *, discard: bool) -> None:
-        work = self.work
+        work, reason = self.work, reason or "not wanted any more"
         if work is None:
             return
         match work.stage:
@@ -308,11 +308,11 @@ class Session:
                 )
             case Stage.RUNNING:
                 work.stage = Stage.STOPPING
-                work.unwanted = (reason or "not wanted any more") if discard else ""
+                work.unwanted = reason if discard else ""
                 work.close_at = max(work.close_at, self._now + CHILD_GRACE_S)
                 self._out.append(act.StopChild(reason=reason))
             case Stage.STOPPING | Stage.KILLED:
-                work.unwanted = work.unwanted or ((reason or "not wanted any more") if discard else "")
+                work.unwanted = work.unwanted or (reason if discard else "")
 
     def _cancel(self, event: ev.CancelCame) -> None:
         key = (event.job, event.round, event.attempt)

@@ -197,4 +197,4 @@ def _written(task: TrainTask, model: Adapted, done: Fit, meter: Meter, deadline:
 
 
 def _why(deadline: float) -> str:
-    return "time" if time.monotonic() >= deadline else "stop"
+    return "deadline" if time.monotonic() >= deadline else "stop"

@@ -90,6 +90,7 @@ class Job:
         if self.state.phase is Phase.WAITING:
             waits = (self.rules.start_wait_s, self.rules.wait_s)
             due += [at for wait in waits if (at := self.state.waiting_since + wait) > self.now]
+            due += survey.return_by(self) if self._is_final else []
         if self.state.round and self.state.phase in {Phase.COLLECTING, Phase.EVALUATING}:
             due.append(self.state.round.close_at)
         gone = [a for s in surveys + self._open_shares() if not (a := self.fleet.agents[s.agent]).online]
@@ -124,8 +125,9 @@ class Job:
             ready = self._ready()
             if self._more_to_come(ready):
                 return
-            if self.state.round_number >= self.rules.n_rounds:
-                self._open("evaluate", {a: self._evaluation_choice() for a in ready})
+            if self._is_final:
+                if not survey.return_by(self):
+                    self._open("evaluate", {a: plans.evaluation_choice(self.state, a) for a in ready})
                 return
             if ready and len(ready) >= self._needed(first=first):
                 self._plan(ready)
@@ -135,8 +137,7 @@ class Job:
 
     def _more_to_come(self, ready: list[str]) -> bool:
         """Whether to wait for agents of another job: jobs take turns, none lives on what another leaves over."""
-        trains = self.state.round_number < self.rules.n_rounds
-        enough = trains and self.rules.n_agents and len(ready) >= self._wanted()
+        enough = not self._is_final and self.rules.n_agents and len(ready) >= self._wanted()
         if enough or self.now >= self.state.waiting_since + self.rules.wait_s:
             return False
         held = self.held_elsewhere()
@@ -170,8 +171,9 @@ class Job:
         number = self.state.round_number + 1
         return act.MakePlan(job=self.name, round=number, attempt=self.state.attempt, agents=self.state.planned)
 
-    def _evaluation_choice(self) -> Choice:
-        return Choice(ranks={}, bits=self.state.spec.adapter.bits, n_steps=1, batch=1)
+    @property
+    def _is_final(self) -> bool:
+        return self.state.round_number >= self.rules.n_rounds
 
     def plan_ready(self, event: ev.PlanReady) -> None:
         """Open the round with those of the planned agents that are still free; with too few, wait."""

@@ -8,6 +8,7 @@ import math
 import msgspec
 
 from coordinator.core.actions import Aggregate
+from coordinator.core.choice import Choice
 from coordinator.core.state import (
     Contribution,
     FleetState,
@@ -63,6 +64,11 @@ def survey_plan(job: JobState, member: Member, now: float) -> Plan:
         stop_after_s=left_s,
         ttl_s=left_s,
     )
+
+
+def evaluation_choice(job: JobState, agent: str) -> Choice:
+    """To measure is all there is to do, with the base as the agent holds it for training."""
+    return Choice(ranks={}, bits=_bits(job, agent), n_steps=1, batch=1)
 
 
 def _bits(job: JobState, agent: str) -> Bits:
@@ -220,7 +226,8 @@ def no_agents(job: JobState, fleet: FleetState) -> str:
 
 def phase_text(job: JobState) -> str:
     """One line for people: where the job stands and why."""
-    where = f"round {job.round_number + 1} of {job.spec.round.n_rounds}"
+    is_final = job.round_number >= job.spec.round.n_rounds
+    where = "the final version" if is_final else f"round {job.round_number + 1} of {job.spec.round.n_rounds}"
     if job.phase in {Phase.COMPLETED, Phase.FAILED, Phase.CANCELLED}:
         return f"{job.phase}: {job.reason}" if job.reason else str(job.phase)
     return f"{job.phase}, {where}" + (f" (attempt {job.attempt + 1})" if job.attempt else "")

@@ -75,3 +75,10 @@ def pin_base(job: Job) -> None:
             member.surveyed = None
         elif not state.matrices:
             state.matrices = sorted(found.matrices, key=lambda m: m.name)
+
+
+def return_by(job: Job) -> list[float]:
+    """Until when members that have vanished are waited for: the final version is measured by all who may still come."""
+    agents = (job.fleet.agents[a] for a, member in job.state.members.items() if member.surveyed)
+    by = (agent.since + job.rules.offline_grace_s for agent in agents if not agent.online)
+    return [at for at in by if at > job.now]

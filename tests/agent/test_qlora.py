@@ -229,7 +229,7 @@ def test_a_stop_before_loading_costs_no_loading(make_task: MakeTask) -> None:
 
 def test_the_time_limit_ends_it_after_the_present_step(make_task: MakeTask) -> None:
     _, finished = run(QLora().train(make_task(n_steps=10**6, time_limit_s=1e-6)))
-    assert (finished.steps, finished.samples, finished.stopped) == (1, 8, "time")
+    assert (finished.steps, finished.samples, finished.stopped) == (1, 8, "deadline")
 
 
 def test_packing_and_checkpointing_learn_too(make_task: MakeTask) -> None:

@@ -269,6 +269,7 @@ def test_a_cancel_while_fetching_drops_the_model() -> None:
 def test_a_cancel_while_running_throws_the_work_away(reason: str) -> None:
     update = an_offer(a_plan())
     play = Play().plan().began("training").cancel(reason=reason).brings(act.StopChild)
+    play.wish(act.StopChild, reason=reason or "not wanted any more")
     play.finished(update, stopped=reason).brings(act.ForgetUpdate, act.Say).says(ExecState.CANCELLED)
     play.wish(act.ForgetUpdate, xfer=update.blob.xfer)
     assert not play.session.outbox

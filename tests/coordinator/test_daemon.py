@@ -322,6 +322,10 @@ class Stage:
 
     async def until(self, predicate: Callable[[Coordinator], object]) -> None:
         """Wait for a state that the coordinator is in after a batch of events."""
+        assert await self.lives_until(predicate), f"it did not come to that: {self.coordinator.status()}"
+
+    async def lives_until(self, predicate: Callable[[Coordinator], object]) -> bool:
+        """Wait for a state or the coordinator's end; whether it came to that state."""
         there, one = asyncio.Event(), self.coordinator
 
         def look(*_: object) -> None:
@@ -334,7 +338,7 @@ class Stage:
         await asyncio.wait([waiting, self._running], timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
         one.watchers.discard(look)
-        assert there.is_set(), f"it did not come to that: {one.status()}"
+        return there.is_set()
 
     async def ended(self, job: str = "j") -> JobState:
         """The job has ended and is exported."""
@@ -492,7 +496,7 @@ async def test_a_restart_in_any_phase_ends_in_the_same_adapter(
     stage.peers["bb"].deaf_in = None
     await stage.start()
     assert stage.job().round_number >= before.round_number, "nothing that was handled is forgotten"
-    assert stage.job().members.keys() == before.members.keys()
+    assert stage.job().members.keys() >= before.members.keys()
     assert (await stage.ended()).phase is Phase.COMPLETED
     assert stage.masters() == wanted
     assert stage.outcomes() == GOOD
@@ -518,16 +522,15 @@ async def test_killed_after_one_commit_after_another_it_ends_in_the_same_adapter
     await stage.start()
     await stage.submit(job_spec())
     await stage.kill()
-    while True:
+    while stage.job().phase not in ENDED:
         left = draw.randint(1, 6)
         await stage.start(die)
-        if stage.job().phase in ENDED:
-            break
-        await asyncio.wait([stage._running], timeout=PATIENCE_S)
-        await stage.dead()
+        if not await stage.lives_until(lambda _: stage.job().phase in ENDED):
+            await stage.dead()
     await stage.kill()
     await stage.start()
-    assert (await stage.ended()).phase is Phase.COMPLETED
+    job = await stage.ended()
+    assert job.phase is Phase.COMPLETED, job.reason
     assert stage.masters() == wanted
     assert stage.outcomes() == GOOD
     assert (stage.export() / "adapter_model.safetensors").is_file()

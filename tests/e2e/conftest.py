@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class Fleet:
         job: dict[str, Any] = {
             "job": {"name": "e2e", "seed": 3},
             "model": {"source": str(self.base)},
-            "adapter": {"rank": 8, "max_rank": 16},
+            "adapter": {"rank": 8, "max_rank": 16, "model_dtype": "fp32"},
             "train": {"n_steps": 12, "batch": 8, "learning_rate": 3e-3, "max_tokens": 64},
             "round": {"n_rounds": 2, "start_agents": 3, "min_agents": 2, "train_s": 60.0, "grace_s": 20.0},
             "evaluate": {"held_out_ratio": HELD_OUT_RATIO, "max_samples": 64},
@@ -112,9 +112,11 @@ class Fleet:
 
     async def ended(self) -> JobView:
         async with asyncio.timeout(LIMIT_S):
-            while not (job := await self.look()) or job.phase not in ENDED:
+            while True:
+                job = await self.look()
+                if job and job.phase in ENDED:
+                    return job
                 await asyncio.sleep(0.2)
-            return job
 
     async def kill(self, name: str) -> None:
         process = self.cluster.members[name].process
@@ -133,7 +135,7 @@ class Fleet:
 
 
 @pytest.fixture
-def fleet(tmp_path: Path, base: Path, texts: dict[str, Path]) -> Iterator[Callable[[str], Any]]:
+def fleet(tmp_path: Path, base: Path, texts: dict[str, Path]) -> Callable[[str], Any]:
     @asynccontextmanager
     async def running(broker: str) -> AsyncIterator[Fleet]:
         found = Fleet(tmp_path / "fleet", base, texts)
@@ -143,7 +145,4 @@ def fleet(tmp_path: Path, base: Path, texts: dict[str, Path]) -> Iterator[Callab
         finally:
             await found.cluster.stop()
 
-    yield running
-
-
-Doing = Callable[[Fleet], Awaitable[None]]
+    return running

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -49,7 +50,7 @@ async def test_mixed_agents_with_a_straggler_and_a_death_finish_and_learn(
     async with fleet(broker) as running:
         agents = varied(list(texts))
         agents[slow]["n_steps"] = 100_000
-        await running.submit(running.job_text(agents=agents, round={"train_s": 25.0}, train={"n_steps": 20}))
+        await running.submit(running.job_text(agents=agents, round={"train_s": 15.0}, train={"n_steps": 30}))
         await running.until(lambda job: bool(job.current) and _state(job, dies) == "TRAINING")
         await running.kill(dies)
         job = await running.ended()
@@ -64,8 +65,8 @@ async def test_mixed_agents_with_a_straggler_and_a_death_finish_and_learn(
 
         before, after = job.evaluations[0], job.evaluations[job.version]
         assert after.keys() == set(texts)
-        for agent in before:
-            assert after[agent].loss < before[agent].loss - 0.1, f"{agent} did not learn"
+        fall = fmean(before[a].loss - after[a].loss for a in before)
+        assert fall > 0.1, f"the loss fell by {fall} only"
 
         adapter = await running.adapter()
         check_adapter(base, adapter, texts[exact], after[exact].loss)
@@ -82,7 +83,7 @@ def check_adapter(base: Path, adapter: Path, text: Path, reported: float) -> Non
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
     measured = plain_loss(model, tokenizer, text, seed=3, ratio=0.15, n=64, max_tokens=64)
-    assert measured == pytest.approx(reported, rel=2e-3)
+    assert measured == pytest.approx(reported, rel=1e-3)
 
 
 def check_merged(base: Path, adapter: Path, folder: Path) -> None:

@@ -347,7 +347,7 @@ async def test_a_restarted_receiver_fetches_only_what_is_missing(
     agent = await start("a1")
     blob = agent.offer(a_file(tmp_path, 20 * CHUNK))
     wire.lose = lambda number: number >= n_before
-    async with Side(wire.broker, tmp_path, **IMPATIENT) as cloud:
+    async with Side(wire.broker, tmp_path) as cloud:
         lost = asyncio.Event()
         wire.at[n_before] = lost.set
         cloud.pull("a1", blob)
