@@ -8,12 +8,14 @@ and with what each agent would have reached alone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import io
 import shutil
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from rich.console import Console
 from rich.live import Live
@@ -32,50 +34,75 @@ from fedpipe.completions import complete
 from fedpipe.demo_options import DemoOptions
 from fedpipe.live import render
 from fedpipe.outcome import Report
-from fedpipe.report import Files, terminal, write_report
+from fedpipe.report import terminal, write_report
 from fedpipe.summary import summarise
 from fedpipe.unpacking import unpack
 from protocol.bus import parse_url
 from protocol.errors import Unavailable
 
+EX_INTERRUPTED: Final = 130
 START_S: Final = 60.0
 LOOK_S: Final = 0.4
 LOST_S: Final = 120.0
 """The coordinator may be away this long (killed and started again) before the demo gives up."""
 
 
+class End(NamedTuple):
+    """How the job ended: what the API last said, and what happened to the processes."""
+
+    job: JobView
+    fleet: FleetView
+    notes: list[tuple[float, str]]
+
+
 def run_demo(options: DemoOptions) -> int:
     """Run the demo and write its report; the exit code.  Raises BadConfig or Unavailable with what to do."""
     console = Console(stderr=options.json)
-    began = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
-    with stage.progress_bar(console) as bar:
+    try:
+        return _run(options, console)
+    except KeyboardInterrupt:
+        console.print(f"stopped; what there is lies below {options.out}")
+        return EX_INTERRUPTED
+
+
+def _run(options: DemoOptions, console: Console) -> int:
+    began = time.monotonic()
+    log = options.out / "libraries.log"
+    with stage.progress_bar(console) as bar, stage.hushed(log):
         data = stage.private_text(options, bar)
         base = stage.base_model(options, bar)
     text, spec = stage.job_file(options, base, data)
     (options.out / "job.toml").write_text(text, encoding="utf-8")
-    job, cluster = asyncio.run(_federate(options, console, spec, text, base, data))
-    if job.phase is not Phase.COMPLETED:
-        raise Unavailable(f"the job ended as {job.text}; the logs are below {options.out}")
+    end = asyncio.run(_federate(options, console, spec, text, base, data))
+    if end.job.phase is not Phase.COMPLETED:
+        raise Unavailable(f"the job ended as {end.job.text}; the logs are below {options.out / 'run'}")
     adapter = _take_adapter(options)
-    alone, samples = [], []
-    with stage.progress_bar(console) as bar:
+    with stage.progress_bar(console) as bar, stage.hushed(log):
         alone = asyncio.run(_compare(options, spec, base, data, bar))
         task = bar.add_task("completing three held-out prompts", total=1)
         samples = complete(base, adapter, data, spec.job.seed, spec.evaluate.held_out_ratio)
         bar.update(task, completed=1)
-    report = summarise(options, spec, job, alone, samples, cluster.notes, adapter, time.monotonic() - began)
+    wall_s = time.monotonic() - began
+    report = summarise(options, spec, end.job, alone, samples, end.notes, adapter, wall_s)
     files = write_report(report, options.out)
-    return _show(options, console, report, files)
-
-
-def _show(options: DemoOptions, console: Console, report: Report, files: Files) -> int:
+    picture = _picture(options, end, report)
     if options.json:
         sys.stdout.write(files.json.read_text(encoding="utf-8") + "\n")
     else:
         terminal(report, console)
-        console.print(f"report: {files.html}    loss curves: {files.png}")
+        console.print(f"report: {files.html}    loss curves: {files.png}    this picture: {picture}")
     return 0
+
+
+def _picture(options: DemoOptions, end: End, report: Report) -> Path:
+    """What the terminal showed, as a picture for those who were not there."""
+    path = options.out / "demo.svg"
+    recorded = Console(record=True, width=100, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    recorded.print(render(end.job, end.fleet, end.fleet.now))
+    terminal(report, recorded)
+    recorded.save_svg(str(path), title="fedpipe demo")
+    return path
 
 
 # --------------------------------------------------------------------------------------------------------- the fleet
@@ -83,7 +110,7 @@ def _show(options: DemoOptions, console: Console, report: Report, files: Files) 
 
 async def _federate(
     options: DemoOptions, console: Console, spec: JobSpec, text: str, base: Path, data: Mapping[str, DataConfig]
-) -> tuple[JobView, Cluster]:
+) -> End:
     """Start the fleet, run the job to its end, stop the fleet."""
     cluster = Cluster(options.out / "run")
     if cluster.folder.exists():
@@ -97,10 +124,10 @@ async def _federate(
         await port_open("127.0.0.1", port, START_S, "the coordinator")
         with Coordinator(f"http://127.0.0.1:{port}") as client:
             await asyncio.to_thread(client.submit, text)
-            job = await _watch(client, cluster, console, spec, quiet=options.json)
+            job, fleet = await _watch(client, cluster, console, spec, quiet=options.json)
             if job.phase is Phase.COMPLETED:
-                await _download(client, options)
-        return job, cluster
+                await asyncio.to_thread(client.adapter, stage.JOB, None, options.out / "adapter.tar")
+        return End(job, fleet, list(cluster.notes))
     finally:
         await cluster.stop()
 
@@ -147,11 +174,14 @@ def _agent_config(cluster: Cluster, url: str, agent: str, data: DataConfig, base
 # ---------------------------------------------------------------------------------------------------------- the view
 
 
-async def _watch(client: Coordinator, cluster: Cluster, console: Console, spec: JobSpec, *, quiet: bool) -> JobView:
+async def _watch(
+    client: Coordinator, cluster: Cluster, console: Console, spec: JobSpec, *, quiet: bool
+) -> tuple[JobView, FleetView]:
     """Show the job until it ends.  A coordinator that is away for a moment is waited for.  Raises Unavailable."""
     live = Live(console=console, refresh_per_second=4, transient=False)
     n_told, seen_at = 0, time.monotonic()
-    with live if console.is_terminal and not quiet else _Silent():
+    show = console.is_terminal and not quiet
+    with live if show else contextlib.nullcontext():
         while True:
             if cluster.fault:
                 raise cluster.fault
@@ -163,23 +193,13 @@ async def _watch(client: Coordinator, cluster: Cluster, console: Console, spec: 
                 await asyncio.sleep(LOOK_S)
                 continue
             seen_at = time.monotonic()
-            if console.is_terminal and not quiet:
+            if show:
                 live.update(render(job, fleet, fleet.now))
             else:
                 n_told = _tell(console, job, n_told)
             if job.phase in ENDED:
-                return job
+                return job, fleet
             await asyncio.sleep(LOOK_S)
-
-
-class _Silent:
-    """Where there is no terminal there is no live view."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 def _look(client: Coordinator, name: str) -> tuple[JobView, FleetView]:
@@ -199,10 +219,6 @@ def _tell(console: Console, job: JobView, n_told: int) -> int:
 
 
 # --------------------------------------------------------------------------------------------------------- afterwards
-
-
-async def _download(client: Coordinator, options: DemoOptions) -> None:
-    await asyncio.to_thread(client.adapter, stage.JOB, None, options.out / "adapter.tar")
 
 
 def _take_adapter(options: DemoOptions) -> Path:

@@ -6,7 +6,9 @@ agent, and the base is a small Llama made once from the standard library and the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -99,6 +101,13 @@ def progress_bar(console: object) -> Progress:
         TimeRemainingColumn(),
     )
     return Progress(*columns, console=console)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def hushed(log: Path) -> Iterator[None]:
+    """Send what libraries say on stderr (warnings, progress bars of their own) to a file instead of over our picture."""
+    with log.open("a", encoding="utf-8") as file, contextlib.redirect_stderr(file), warnings.catch_warnings():
+        yield
 
 
 def job_file(options: DemoOptions, base: Path, agents: Mapping[str, DataConfig]) -> tuple[str, JobSpec]:

@@ -6,7 +6,7 @@ obeys, dies or never answers.  It keeps its own account of the child and of the 
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hypothesis import event, settings
 from hypothesis import strategies as st
@@ -45,13 +45,18 @@ AFTER = {  # what may be said of a share after what
     ExecState.UPLOADING: {ExecState.DONE, ExecState.FAILED, ExecState.SUPERSEDED},
 }
 
+
+def _plan(**said: Any) -> Plan:
+    """One share is always planned for the same method."""
+    return Plan(**said, method="exotic" if (said["job"], said["round"]) == ("y", 2) else "qlora")
+
+
 plans = st.builds(
-    Plan,
+    _plan,
     job=st.sampled_from(["x", "y"]),
     round=st.integers(0, 2),
     attempt=st.integers(0, 1),
     purpose=st.sampled_from(["survey", "train", "train", "train", "evaluate"]),
-    method=st.sampled_from(["qlora", "qlora", "qlora", "exotic"]),
     base=st.just(Base(source="toy")),
     model=st.none() | st.sampled_from(MODELS),
     issued_at=st.just(T0),
@@ -244,14 +249,14 @@ class World(RuleBasedStateMachine):
         assert self.busy
         plan, self.busy = self.busy.plan, None
         update = self._update(key_of(plan)) if n_samples and plan.purpose == "train" else None
-        stopped = "told to" if self.told_to_stop else ""
-        done = ev.ChildFinished(samples=n_samples, loss=1.0, train_s=1.0, stopped=stopped, update=update)
-        wishes = self.feed(done)
+        told = self.told_to_stop
+        stopped = "told to" if told else ""
+        wishes = self.feed(ev.ChildFinished(samples=n_samples, loss=1.0, train_s=1.0, stopped=stopped, update=update))
         if update:
             kept = [w for w in wishes if isinstance(w, act.OfferUpdate) and w.offer == update]
             thrown = [w for w in wishes if isinstance(w, act.ForgetUpdate) and w.xfer == update.blob.xfer]
             assert len(kept) + len(thrown) == 1, "neither offered nor thrown away"
-            assert kept or self.told_to_stop, "good work is thrown away"
+            assert kept or told, "good work is thrown away"
             event("offered" if kept else "thrown away")
 
     @precondition(lambda self: self.busy)
@@ -306,4 +311,4 @@ class World(RuleBasedStateMachine):
 
 
 def test_laws() -> None:
-    run_state_machine_as_test(World, settings=settings(max_examples=150, stateful_step_count=40, deadline=None))
+    run_state_machine_as_test(World, settings=settings(max_examples=4000, stateful_step_count=40, deadline=None))

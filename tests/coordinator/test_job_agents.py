@@ -186,8 +186,17 @@ def test_without_enough_agents_the_job_fails_and_says_who_was_there_and_why_not(
 
 def test_an_evaluation_with_nobody_there_completes_the_job(play: Play) -> None:
     play.ready("a", round={"n_rounds": 1}).plan().trains("a").leave("a")
-    play.fold().expects(act.Finish, phase="completed")
+    play.fold().lacks(act.Finish)
+    play.ticks(9.9).lacks(act.Finish)
+    play.ticks(10.0).expects(act.Finish, phase="completed")
     play.expects(act.Record, record={"purpose": "evaluate", "shares": {}})
+
+
+def test_the_evaluation_waits_for_one_who_may_come_back(play: Play) -> None:
+    play.ready("a", "b", round={"n_rounds": 1}).plan().trains("a", "b").leave("b")
+    play.fold().lacks(act.Assign)
+    play.at(5).join("b", session=2).expects(act.Assign, agent="a", plan={"purpose": "evaluate"})
+    play.expects(act.Assign, agent="b", plan={"purpose": "evaluate"})
 
 
 def test_an_evaluation_does_not_wait_longer_than_its_deadline(play: Play) -> None:
