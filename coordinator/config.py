@@ -44,7 +44,6 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     transfer: Transfer = Transfer()
     heartbeat_s: Duration = 15.0
     """An agent silent for three of these is taken for lost until it speaks again."""
-    keep_versions: Positive = 1000
     allow_methods: Annotated[list[str], Meta(max_length=64)] = []
     """Third-party methods (entry points) that jobs may use."""
     log_level: str = "INFO"

@@ -18,7 +18,9 @@ from msgspec import Meta
 
 from protocol.messages import Base, Bits, Id, Name, Rank, Ratio, Wire
 
-Positive = Annotated[int, Meta(ge=1, le=10**9)]
+Positive = Annotated[int, Meta(ge=1, le=10**7)]
+"""A count; at most what a plan may say (protocol/messages.py), or no agent could read it."""
+Small = Annotated[int, Meta(ge=1, le=4096)]
 Duration = Annotated[float, Meta(ge=0.001, le=10**8)]
 """Seconds; at least what a clock that counts from the epoch can tell apart."""
 
@@ -50,8 +52,8 @@ class Train(Table, frozen=True, kw_only=True):
     """One round of local training; every agent does the same unless its own table says otherwise."""
 
     n_steps: Positive = 50
-    batch: Annotated[int, Meta(ge=1, le=4096)] = 8
-    accumulation: Annotated[int, Meta(ge=1, le=4096)] = 1
+    batch: Small = 8
+    accumulation: Small = 1
     learning_rate: Annotated[float, Meta(gt=0, le=10)] = 2e-4
     weight_decay: Ratio = 0.0
     max_gradient_norm: Annotated[float, Meta(ge=0)] = 1.0
@@ -117,8 +119,8 @@ class Override(Table, frozen=True, kw_only=True):
     rank: Rank | None = None
     bits: Bits | None = None
     n_steps: Positive | None = None
-    batch: Positive | None = None
-    accumulation: Positive | None = None
+    batch: Small | None = None
+    accumulation: Small | None = None
     checkpointing: bool | None = None
 
 

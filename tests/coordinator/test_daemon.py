@@ -290,6 +290,8 @@ class Stage:
         one.watchers.add(lambda events, _: self.seen.extend(events))
         self._running = asyncio.create_task(one.run(self._stop))
         self.n_lives += 1
+        while not one.connected and not self._running.done():  # noqa: ASYNC110 - a few turns of the loop
+            await asyncio.sleep(0)
         return one
 
     async def peer(self, *names: str) -> None:
@@ -552,19 +554,22 @@ async def test_a_broker_that_dies_and_comes_back_empty_changes_nothing(stage: St
     assert stage.outcomes() == GOOD
 
 
-async def test_a_plan_that_was_withdrawn_without_a_broker_does_not_stay_there(stage: Stage) -> None:
+async def test_a_plan_that_was_withdrawn_without_a_broker_does_not_wait_there_for_an_agent(stage: Stage) -> None:
     await stage.start()
     await stage.peer("a")
     stage.peers["a"].deaf_in = 1
     await stage.submit(job_spec(1))
     await stage.until(PHASES["plans are out"])
+    stage.broker.hold("a")
+    await stage.until(lambda one: not one.fleet.state.agents["a"].online)
     stage.broker.hold("coordinator")
     await stage.coordinator.post(ev.JobCancelled(job="j"))
-    assert stage.job().phase is Phase.CANCELLED
+    for _ in range(50):  # its words are lost by now
+        await asyncio.sleep(0)
     assert topics.down("a", "plan") in stage.broker.retained
-    stage.broker.release("coordinator")
     cleared = asyncio.Event()
     stage.broker.drop = lambda topic, payload: bool(topic == topics.down("a", "plan") and not payload and cleared.set())
+    stage.broker.release("coordinator")
     async with asyncio.timeout(PATIENCE_S):
         await cleared.wait()
     assert topics.down("a", "plan") not in stage.broker.retained
@@ -724,6 +729,25 @@ async def test_an_event_that_the_core_cannot_take_is_poison_and_its_neighbours_a
     assert [r for r in caplog.records if vars(r).get("action") == "poison"] == []
 
 
+@pytest.mark.parametrize("poison_first", [True, False])
+async def test_no_wish_of_poisons_neighbours_is_lost(stage: Stage, *, poison_first: bool) -> None:
+    await stage.start()
+    await stage.peer("a", "bb")
+    for peer in stage.peers.values():
+        peer.deaf_in = 2
+    await stage.submit(job_spec())
+    await stage.until(PHASES["plans of round 2 are out"])
+    poison, cancel = ev.JobCancelled(job=[]), ev.JobCancelled(job="j")  # type: ignore[arg-type]
+    for event in (poison, cancel) if poison_first else (cancel, poison):
+        stage.coordinator.tell(event)
+    assert (await stage.ended()).phase is Phase.CANCELLED
+    assert stage.outcomes() == [GOOD[0], ("train", 2, "cancelled by the operator")]
+    assert (stage.export() / "adapter_model.safetensors").is_file()
+    for peer in stage.peers.values():
+        async with asyncio.timeout(PATIENCE_S):
+            assert isinstance(await peer.commands.get(), Cancel)
+
+
 async def test_a_disk_that_refuses_the_journal_is_told_and_waited_out(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -822,6 +846,33 @@ async def test_an_upload_that_stalls_is_pulled_again_by_the_next_offer(tmp_path:
         bb.birth()
         assert (await stage.ended()).phase is Phase.COMPLETED
         assert stage.masters() == wanted
+
+
+async def test_without_a_broker_it_rests(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        stage = await stack.enter_async_context(Stage(tmp_path, stack, transfer=TransferConfig(timeout_s=0.02)))
+        stage.broker.drop = lambda topic, _: "/bb/up/d/" in topic
+        one = await stage.start()
+        await stage.peer("a", "bb")
+        await stage.submit(job_spec())
+        await stage.until(PHASES["one update is here"])
+        stage.broker.hold("coordinator")
+        due, ticks, tick = one.exchange.wake_at, 0, one._tick
+        assert due is not None, "the pull from bb is open"
+
+        def counted() -> None:
+            nonlocal ticks
+            ticks += 1
+            tick()
+
+        one._tick = counted  # type: ignore[method-assign]
+        await asyncio.sleep(max(0.0, due - one.clock()))
+        for _ in range(300):
+            await asyncio.sleep(0)
+        assert ticks <= 2, "a chunk is overdue and nobody is there: no reason to spin"
+        stage.broker.drop = lambda _topic, _payload: False
+        stage.broker.release("coordinator")
+        assert (await stage.ended()).phase is Phase.COMPLETED
 
 
 async def test_an_update_that_its_agent_has_lost_ends_the_share(stage: Stage) -> None:
