@@ -12,11 +12,12 @@ import re
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from coordinator.lineage import Card, export_folder
 from protocol.adapters import Adapter
-from protocol.errors import BadConfig
+from protocol.errors import BadConfig, Unavailable
 
 _USAGE = """
 ## Use
@@ -35,7 +36,7 @@ def export_peft(adapter: Adapter, folder: Path, *, card: Card) -> None:
     """Write `adapter` into `folder` as a PEFT LoRA adapter with its model card; fp32, whole or not at all.
 
     Matrices without a component are left out.  Raises BadConfig for an adapter without any, or when `folder` holds
-    anything but an earlier export.
+    anything but an earlier export, and Unavailable or OSError when the disk refuses.
     """
     arrays, ranks = {}, {}
     for name, factors in present(adapter).items():
@@ -44,7 +45,10 @@ def export_peft(adapter: Adapter, folder: Path, *, card: Card) -> None:
         arrays[f"base_model.model.{name}.lora_B.weight"] = np.ascontiguousarray(factors.b)
     config = _config(ranks, card.base_source)
     with export_folder(folder, card) as part:
-        save_file(arrays, part / "adapter_model.safetensors", metadata={"format": "pt"})
+        try:
+            save_file(arrays, part / "adapter_model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:  # what it makes of an OSError
+            raise Unavailable(f"{folder} cannot be written: {error}") from error
         (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (part / "README.md").write_text(card.readme("LoRA adapter", _USAGE, "peft"), encoding="utf-8")
 

@@ -13,6 +13,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -262,6 +263,7 @@ class Stage:
         self.broker = MemoryBroker()
         self.peers: dict[str, Peer] = {}
         self.n_lives = 0
+        self.threads = ThreadPoolExecutor()
         self.seen: list[ev.Happened] = []
 
     async def __aenter__(self) -> Self:
@@ -274,6 +276,7 @@ class Stage:
     async def start(self, after_commit: Callable[[Coordinator], None] | None = None) -> Coordinator:
         """`after_commit` is called when events are durable and not yet handled; it may raise Died."""
         self._stop = asyncio.Event()
+        asyncio.get_running_loop().set_default_executor(self.threads)
         config = CoordinatorConfig(
             **{"state_dir": str(self.folder / "cloud"), "broker": BrokerConfig(chunk_bytes=CHUNK)} | self.settings
         )
@@ -303,6 +306,7 @@ class Stage:
         self._stop.set()
         async with asyncio.timeout(PATIENCE_S):
             await self._running
+        self._end_threads()
 
     async def kill(self) -> None:
         """As kill -9 would: no goodbye, no snapshot; what is in the journal is all there is."""
@@ -315,8 +319,15 @@ class Stage:
         """It has died by itself."""
         with suppress(asyncio.CancelledError, BaseExceptionGroup):
             await self._running
+        self._end_threads()
         self.coordinator.store.close()
         self.broker.route(topics.coordinator_state(), b"", retain=True)
+
+    def _end_threads(self) -> None:
+        """A process that ends takes its threads along: none may go on beside the next life."""
+        old, self.threads = self.threads, ThreadPoolExecutor()
+        asyncio.get_running_loop().set_default_executor(self.threads)
+        old.shutdown()
 
     async def submit(self, spec: JobSpec) -> None:
         async with asyncio.timeout(PATIENCE_S):
@@ -899,3 +910,21 @@ async def test_an_update_that_vanished_before_its_aggregate_fails_the_job_with_t
     job = await stage.ended()
     assert job.phase is Phase.FAILED
     assert "gone" in job.reason
+
+
+# -------------------------------------------------------------------------------------------------------------- export
+
+
+async def test_an_export_that_failed_is_made_at_the_next_start(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    await stage.start()
+    await stage.peer("a", "bb")
+    await stage.submit(job_spec())
+    obstacle = stage.folder / "cloud" / "exports"
+    obstacle.write_text("in the way")
+    assert (await stage.ended()).phase is Phase.COMPLETED
+    assert "not exported" in caplog.text
+    obstacle.unlink()
+    await stage.stop()
+    await stage.start()
+    await stage.ended()
+    assert (stage.export() / "adapter_model.safetensors").is_file()

@@ -1,6 +1,7 @@
 """An export loads in PEFT as it is, and the loaded model computes base + B A."""
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from coordinator.export import export_peft
 from coordinator.lineage import LINEAGE_FILE, Card, RoundEntry
 from protocol.adapters import Adapter, Factors
-from protocol.errors import BadConfig
+from protocol.errors import BadConfig, Unavailable
 
 TOKENS = torch.arange(24).reshape(2, 12)
 
@@ -167,3 +168,17 @@ def test_nobody_elses_files_are_replaced(tmp_path: Path) -> None:
         export_peft(one_matrix(), tmp_path / "mine", card=card())
     assert (tmp_path / "mine/thesis.txt").read_text() == "years"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+
+
+def test_a_disk_that_refuses_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    big = {"model.q": Factors(rng.normal(size=(8, 512)).astype(np.float32), np.ones((512, 8), np.float32))}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(Unavailable, match="cannot be written"):
+            export_peft(big, tmp_path / "adapter", card=card())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+    export_peft(big, tmp_path / "adapter", card=card())
