@@ -13,20 +13,18 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from agent import bases, child, profiler
+from agent import profiler
 from agent.config import AgentConfig
 from agent.core import actions as act
 from agent.core import events as ev
 from agent.core.session import Session
 from agent.outbox import Outbox
-from agent.supervisor import Supervisor
+from agent.training import Training
 from protocol import codec
 from protocol.blobs import Blobs
 from protocol.bus import Bus, Connected, Disconnected, Received, Will, mqtt_bus
 from protocol.daemon import Clock, OncePer, feed_watchdog, notify
-from protocol.errors import BadConfig, BadMessage, OutsideFault
+from protocol.errors import BadMessage
 from protocol.exchange import Exchange, Lost, Outcome, Pulled
 from protocol.messages import (
     Blob,
@@ -35,14 +33,11 @@ from protocol.messages import (
     CoordinatorState,
     Done,
     Grant,
-    Offer,
     Plan,
     Presence,
-    Progress,
     Rebirth,
     Refuse,
 )
-from protocol.methods import load as load_method
 from protocol.outgoing import Outgoing
 from protocol.sending import Uploads
 from protocol.spool import Spool
@@ -68,10 +63,8 @@ class Agent:
         self.outgoing = Outgoing(self.clock)
         self.core = Session(config.methods, self.outbox.load(), config.limits.max_global_rank)
         self.uploads = Uploads()
-        self.supervisor = Supervisor(config.child, log=self.folder / "training.log")
         self.link = profiler.Link()
         self.report = profiler.profile(self.folder, self.link)
-        self.progress = Progress()
         self.connected = False
         self.bus = bus or mqtt_bus(config.broker, config.agent, self._will)
         self.exchange = Exchange(
@@ -87,9 +80,11 @@ class Agent:
         self._inbox: asyncio.Queue[ev.Happened] = asyncio.Queue()
         self._timer_moved = asyncio.Event()
         self._progress_due = asyncio.Event()
-        self._run: asyncio.Task[None] | None = None
-        self._stop_reason = ""
+        self.training = Training(
+            config, blobs=self.blobs, outbox=self.outbox, tell=self.tell, moved=self._progress_due.set
+        )
         self._fetching_since = 0.0
+        self._pulled_since: dict[str, float] = {}
         self._complaints = OncePer()
 
     # ------------------------------------------------------------------------------------------------------ lifecycle
@@ -114,16 +109,14 @@ class Agent:
             notify(READY="1", STATUS="waiting for the broker")
             await stop.wait()
             await self._wind_down()
-            for task in [*tasks, *filter(None, [self._run])]:
+            for task in tasks:
                 task.cancel()
 
     async def _wind_down(self) -> None:
         logger.info("stopping", extra={"action": "stopping"})
         self.tell(ev.StopAsked(reason="the agent is stopping"))
         await asyncio.sleep(0)
-        if self._run is not None:
-            await asyncio.wait([self._run], timeout=self.config.child.grace_s)
-        await self.supervisor.aclose()
+        await self.training.wind_down()
         await self.outgoing.goodbye(self.bus, self._topic("state"), self._presence(online=False, reason="stopping"))
 
     # ------------------------------------------------------------------------------------------------ core and actions
@@ -159,13 +152,11 @@ class Agent:
             case act.DropModel(blob=blob):
                 self.exchange.stop_pulling(COORDINATOR, blob.xfer)
             case act.StartChild():
-                self._stop_reason = ""
-                self._run = self._group.create_task(self._train(wish), name="train")
+                self.training.begin(wish, self._group)
             case act.StopChild(reason=reason):
-                self._stop_reason = reason
-                self.supervisor.stop(reason)
+                self.training.stop(reason)
             case act.KillChild():
-                self._group.create_task(self.supervisor.kill(), name="kill")
+                self._group.create_task(self.training.kill(), name="kill")
             case act.OfferUpdate(offer=offer):
                 self.exchange.sending.add(offer.blob)
                 for due in self.uploads.add(offer, self.clock()):
@@ -195,85 +186,6 @@ class Agent:
                 self.tell(ev.ModelFetched(sha256=sha256, n_bytes=n_bytes))
             case Lost(sha256=sha256, reason=reason):
                 self.tell(ev.ModelLost(sha256=sha256, reason=reason))
-
-    # ---------------------------------------------------------------------------------------------------------- child
-
-    async def _train(self, wish: act.StartChild) -> None:
-        """One run of the child, from its inputs to the outbox.  However it goes, it ends in exactly one event."""
-        plan = wish.plan
-        self.progress = Progress(job=plan.job, round=plan.round, attempt=plan.attempt, phase="loading")
-        try:
-            task = await self._task(wish)
-            if self._stop_reason:
-                self.tell(ev.ChildFailed(reason=f"stopped before it began: {self._stop_reason}"))
-                return
-            ending = await self.supervisor.run(task, self._child_said)
-            match ending:
-                case child.Finished():
-                    self.tell(await self._finished(wish, ending))
-                case child.Failed(reason=reason, detail=detail):
-                    self.tell(ev.ChildFailed(reason=f"{reason}: {detail}" if detail else reason))
-        except OutsideFault as error:
-            self.tell(ev.ChildFailed(reason=str(error)))
-        finally:
-            self.progress = Progress()
-            self._progress_due.set()
-
-    async def _task(self, wish: act.StartChild) -> child.TrainTask:
-        plan, config = wish.plan, self.config
-        data = config.data.get(plan.data)
-        if data is None:
-            known = ", ".join(sorted(config.data)) or "none"
-            raise BadConfig(f"no data set {plan.data!r} here (there is: {known}): add [data.{plan.data}] with its path")
-        base_folder = await asyncio.to_thread(bases.resolve, plan.base, config.base)
-        return child.TrainTask(
-            plan=plan,
-            base_folder=str(base_folder),
-            data=data,
-            model_file=str(self.blobs.path(wish.model_sha256)) if wish.model_sha256 else None,
-            max_model_bytes=config.limits.max_model_bytes,
-            out_file=str(self.folder / "training.update"),
-            digest_cache=str(self.folder / "digests.json"),
-            device=config.device,
-            time_limit_s=wish.time_limit_s,
-            allowed=tuple(config.methods),
-        )
-
-    def _child_said(self, event: child.Event) -> None:
-        match event:
-            case child.Phase(name=name):
-                self.progress = msgspec.structs.replace(self.progress, phase=name, step=0, n_steps=0)
-                self.tell(ev.ChildBegan(phase=name))
-            case child.Stepped():
-                self.progress = msgspec.structs.replace(
-                    self.progress, step=event.step, n_steps=event.n_steps, samples=event.samples, loss=event.loss
-                )
-            case child.Evaluated(result=result):
-                self.tell(ev.ChildEvaluated(result=result))
-            case child.Surveyed(result=surveyed):
-                self.tell(ev.ChildSurveyed(result=surveyed))
-        self._progress_due.set()
-
-    async def _finished(self, wish: act.StartChild, ending: child.Finished) -> ev.ChildFinished:
-        update = None
-        if ending.file and ending.samples:
-            plan = wish.plan
-            offer = Offer(
-                job=plan.job,
-                round=plan.round,
-                attempt=plan.attempt,
-                kind=load_method(plan.method, self.config.methods).kind,
-                blob=Blob(sha256="0" * 64, size=1, chunk=self.config.broker.chunk_bytes),
-                samples=ending.samples,
-                loss=ending.loss,
-                train_s=ending.train_s,
-                bytes_down=wish.bytes_down,
-                stopped=ending.stopped,
-            )
-            update = await asyncio.to_thread(self.outbox.keep, Path(ending.file), offer)
-        return ev.ChildFinished(
-            samples=ending.samples, loss=ending.loss, train_s=ending.train_s, stopped=ending.stopped, update=update
-        )
 
     # ------------------------------------------------------------------------------------------------------------ bus
 
@@ -341,12 +253,19 @@ class Agent:
                     self.exchange.peer_reborn(COORDINATOR)  # the successor of a known one hears our birth
                 self.tell(ev.CoordinatorSeen(session=body.session, online=body.online))
             case Grant():
+                self._pulled_since.setdefault(body.xfer, self.clock())
                 self.uploads.granted(body.xfer, self.clock())
                 self.exchange.granted(COORDINATOR, body)
             case Done():
+                self._uploaded(body.xfer)
                 self.tell(ev.UpdateAccepted(xfer=body.xfer))
             case Refuse():
                 self._refused(body)
+
+    def _uploaded(self, xfer: str) -> None:
+        began_at, offer = self._pulled_since.pop(xfer, None), self.core.outbox.get(xfer)
+        if began_at is not None and offer is not None:
+            self.link.up(offer.blob.size, self.clock() - began_at)
 
     def _refused(self, refuse: Refuse) -> None:
         if refuse.retry_after_s:
@@ -388,7 +307,7 @@ class Agent:
                     await self._progress_due.wait()
             self._progress_due.clear()
             if self.connected:
-                self.outgoing.say(self._topic("progress"), self.progress, qos=0)
+                self.outgoing.say(self._topic("progress"), self.training.progress, qos=0)
             await asyncio.sleep(self.config.progress_s)
 
     async def _watch_resources(self) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from protocol import codec
 from protocol.bus import Bus, BusError, NotConnected, Will
 from protocol.daemon import OncePer
+from protocol.errors import BadMessage
 from protocol.messages import Body
 
 logger = logging.getLogger(__name__)
@@ -39,8 +40,13 @@ class Outgoing:
         return Will(topic, self.encode(body))
 
     def say(self, topic: str, body: Body, *, qos: int = 1, retain: bool = False) -> None:
-        """Publish a message after everything said before."""
-        self._queue.put_nowait((topic, self.encode(body), qos, retain))
+        """Publish a message after everything said before.  One that no receiver would take is named in the log instead."""
+        try:
+            payload = self.encode(body)
+        except BadMessage as error:
+            logger.error("not said: %s", error, extra={"action": "publish_refused", "topic": topic})
+            return
+        self._queue.put_nowait((topic, payload, qos, retain))
 
     def clear(self, topic: str) -> None:
         """Remove what is retained on a topic."""

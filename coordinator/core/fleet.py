@@ -19,6 +19,7 @@ from coordinator.core import events as ev
 from coordinator.core import survey, uploads
 from coordinator.core.job import Job
 from coordinator.core.state import ENDED, STATE_VERSION, AgentState, FleetState, JobState, Phase
+from protocol.errors import BadConfig
 from protocol.messages import TERMINAL, ExecState
 
 OfJob = (
@@ -195,8 +196,8 @@ def encode_state(state: FleetState) -> bytes:
 
 
 def decode_state(data: bytes) -> FleetState:
-    """The state from a snapshot.  Raises ValueError for a snapshot of a newer version."""
+    """The state from a snapshot.  Raises BadConfig for a snapshot of a newer version."""
     version = msgspec.msgpack.decode(data, type=dict[str, msgspec.Raw])["v"]
     if msgspec.msgpack.decode(version, type=int) > STATE_VERSION:
-        raise ValueError("this state was written by a newer fedpipe: install that version again")
+        raise BadConfig("this state was written by a newer fedpipe: install that version again")
     return msgspec.msgpack.decode(data, type=FleetState)

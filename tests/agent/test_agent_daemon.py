@@ -347,7 +347,7 @@ async def test_what_is_owed_is_offered_after_a_restart_and_not_trained_again(sta
     assert (await cloud.hears(Offer)).blob == first.blob
     done = await cloud.hears(Execution, state=ExecState.DONE)
     assert (done.job, done.round) == ("j", 1)
-    assert stage.agent.supervisor.pid is None, "the retained plan did not start a child"
+    assert stage.agent.training.supervisor.pid is None, "the retained plan did not start a child"
     assert cloud.updates == {first.blob.xfer: b"update" * 1000 + b"1"}
 
 
@@ -385,7 +385,7 @@ async def test_a_stop_hands_over_and_says_goodbye(stage: Stage, cloud: Cloud, wh
     assert (await cloud.hears(Presence, online=False)).reason == "stopping"
     (owed,) = stage.agent.outbox.load() if when == "training" else [None]
     assert owed is None or owed.stopped == "the agent is stopping"
-    assert stage.agent.supervisor.pid is None
+    assert stage.agent.training.supervisor.pid is None
 
 
 async def test_without_a_broker_it_rests(stage: Stage, cloud: Cloud) -> None:

@@ -14,6 +14,7 @@ from coordinator.core.choice import Choice
 from coordinator.core.fleet import Fleet, decode_state, encode_state
 from coordinator.core.spec import JobSpec, Rounds
 from coordinator.core.state import Phase
+from protocol.errors import BadConfig
 from protocol.messages import ExecState
 
 if TYPE_CHECKING:
@@ -247,7 +248,7 @@ def test_a_snapshot_of_a_newer_version_is_refused(play: Play) -> None:
     play.ready("a")
     raw = msgspec.msgpack.decode(encode_state(play.fleet.state))
     newer = msgspec.msgpack.encode({**raw, "v": raw["v"] + 1})
-    with pytest.raises(ValueError, match="newer fedpipe"):
+    with pytest.raises(BadConfig, match="newer fedpipe"):
         decode_state(newer)
 
 
