@@ -45,7 +45,7 @@ class Fleet:
         self.port = free_port()
         self.broker_port = free_port()
 
-    async def start(self, broker: str) -> None:
+    async def start(self, broker: str, absent: str = "") -> None:
         folder = self.cluster.folder / "broker"
         folder.mkdir(parents=True)
         command = (
@@ -53,26 +53,31 @@ class Fleet:
         )
         await self.cluster.add("broker", command)
         await port_open("127.0.0.1", self.broker_port, 20, "the broker")
-        url = {"url": f"mqtt://127.0.0.1:{self.broker_port}", "reconnect_max_s": 2.0}
-        state = lambda name: str(self.cluster.folder / name / "state")  # noqa: E731
         await self.cluster.add_daemon(
             "coordinator",
             "coordinator",
-            {"state_dir": state("coordinator"), "broker": url, "web": {"port": self.port}, "heartbeat_s": 5.0},
+            self.common("coordinator") | {"web": {"port": self.port}},
         )
-        for agent, path in self.texts.items():
-            config: dict[str, Any] = {
-                "agent": agent,
-                "state_dir": state(agent),
-                "broker": url,
-                "heartbeat_s": 5.0,
-                "progress_s": 0.5,
-                "data": {"default": {"path": str(path)}},
-                "base": {"model_dirs": [str(self.base.parent)]},
-                "child": {"threads": 1},
-            }
-            await self.cluster.add_daemon("agent", agent, config)
+        for agent in self.texts.keys() - {absent}:
+            await self.add_agent(agent)
         await port_open("127.0.0.1", self.port, 30, "the coordinator")
+
+    def common(self, name: str) -> dict[str, Any]:
+        return {
+            "state_dir": str(self.cluster.folder / name / "state"),
+            "broker": {"url": f"mqtt://127.0.0.1:{self.broker_port}", "reconnect_max_s": 2.0},
+            "heartbeat_s": 5.0,
+        }
+
+    async def add_agent(self, agent: str) -> None:
+        config = {
+            "agent": agent,
+            "progress_s": 0.5,
+            "data": {"default": {"path": str(self.texts[agent])}},
+            "base": {"model_dirs": [str(self.base.parent)]},
+            "child": {"threads": 1},
+        }
+        await self.cluster.add_daemon("agent", agent, self.common(agent) | config)
 
     def job_text(self, **tables: dict[str, Any]) -> str:
         job: dict[str, Any] = {
@@ -137,10 +142,10 @@ class Fleet:
 @pytest.fixture
 def fleet(tmp_path: Path, base: Path, texts: dict[str, Path]) -> Callable[[str], Any]:
     @asynccontextmanager
-    async def running(broker: str) -> AsyncIterator[Fleet]:
+    async def running(broker: str, absent: str = "") -> AsyncIterator[Fleet]:
         found = Fleet(tmp_path / "fleet", base, texts)
         try:
-            await found.start(broker)
+            await found.start(broker, absent)
             yield found
         finally:
             await found.cluster.stop()
