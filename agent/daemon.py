@@ -23,7 +23,7 @@ from agent.training import Training
 from protocol import codec
 from protocol.blobs import Blobs
 from protocol.bus import Bus, Connected, Disconnected, Received, Will, mqtt_bus
-from protocol.daemon import Clock, OncePer, feed_watchdog, notify
+from protocol.daemon import Clock, OncePer, Timer, feed_watchdog, notify
 from protocol.errors import BadMessage
 from protocol.exchange import Exchange, Lost, Outcome, Pulled
 from protocol.messages import (
@@ -78,7 +78,7 @@ class Agent:
             outcome=self._model_ended,
         )
         self._inbox: asyncio.Queue[ev.Happened] = asyncio.Queue()
-        self._timer_moved = asyncio.Event()
+        self._timer = Timer(self.clock)
         self._progress_due = asyncio.Event()
         self.training = Training(
             config, blobs=self.blobs, outbox=self.outbox, tell=self.tell, moved=self._progress_due.set
@@ -99,7 +99,7 @@ class Agent:
                 "consume": self._consume(),
                 "read": self._read(),
                 "publish": self.outgoing.run(self.bus),
-                "timer": self._timer(),
+                "timer": self._timer.run(self._due, self._tick),
                 "heartbeat": self._heartbeat(),
                 "report": self._watch_resources(),
                 "exchange": self.exchange.run(),
@@ -135,7 +135,7 @@ class Agent:
             logger.debug("%s -> %s", type(event).__name__, kinds, extra={"action": "handled"})
             for wish in wishes:
                 self._perform(wish)
-            self._timer_moved.set()
+            self._timer.moved()
 
     def _perform(self, wish: act.Wish) -> None:
         match wish:
@@ -278,17 +278,9 @@ class Agent:
 
     # ----------------------------------------------------------------------------------------------------------- time
 
-    async def _timer(self) -> None:
-        while True:
-            self._timer_moved.clear()
-            transfers = [self.exchange.wake_at, self.uploads.wake_at] if self.connected else []
-            due = [at for at in (self.core.wake_at, *transfers) if at is not None]
-            wait_s = min(max(0.0, min(due) - self.clock()), 1.0) if due else 1.0
-            try:
-                async with asyncio.timeout(wait_s):  # wait_for can swallow a cancellation (Python 3.11)
-                    await self._timer_moved.wait()
-            except TimeoutError:
-                self._tick()
+    def _due(self) -> list[float | None]:
+        transfers = [self.exchange.wake_at, self.uploads.wake_at] if self.connected else []
+        return [self.core.wake_at, *transfers]
 
     def _tick(self) -> None:
         now = self.clock()

@@ -27,7 +27,7 @@ from coordinator.traffic import Traffic
 from coordinator.work import SOFTWARE, Work
 from protocol.blobs import Blobs
 from protocol.bus import Bus, Connected, Disconnected, Received, Will, mqtt_bus
-from protocol.daemon import Clock, OncePer, feed_watchdog, notify
+from protocol.daemon import Clock, OncePer, Timer, feed_watchdog, notify
 from protocol.errors import BadMessage, Unavailable
 from protocol.messages import CoordinatorState, Grant, Offer, Progress, Rebirth, Refuse
 from protocol.outgoing import Outgoing
@@ -79,7 +79,7 @@ class Coordinator:
         self.exchange = self.traffic.exchange
         self._inbox: asyncio.Queue[Posted] = asyncio.Queue()
         self._taking = False
-        self._timer_moved = asyncio.Event()
+        self._timer = Timer(self.clock)
         self._folding: dict[str, act.Aggregate] = {}
         self._slow: dict[str, asyncio.Task[None]] = {}
         self._complaints = OncePer()
@@ -99,7 +99,7 @@ class Coordinator:
                 "consume": self._consume(),
                 "read": self._read(),
                 "publish": self.outgoing.run(self.bus),
-                "timer": self._timer(),
+                "timer": self._timer.run(self._due, self._tick),
                 "silence": self._watch_silence(),
                 "exchange": self.exchange.run(),
                 "watchdog": feed_watchdog(lambda: True),
@@ -166,7 +166,7 @@ class Coordinator:
             self._taking = True
             await self._take(batch)
             self._taking = False
-            self._timer_moved.set()
+            self._timer.moved()
 
     async def _take(self, batch: list[Posted]) -> None:
         """Journal a batch in one commit, handle it, perform what follows."""
@@ -359,18 +359,9 @@ class Coordinator:
 
     # ----------------------------------------------------------------------------------------------------------- time
 
-    async def _timer(self) -> None:
-        while True:
-            self._timer_moved.clear()
-            core = None if self._taking or not self._inbox.empty() else self.fleet.wake_at  # else the consumer moves it
-            transfers = self.exchange.wake_at if self.connected else None
-            due = [at for at in (core, transfers) if at is not None]
-            wait_s = min(max(0.0, min(due) - self.clock()), 1.0) if due else 1.0
-            try:
-                async with asyncio.timeout(wait_s):  # wait_for can swallow a cancellation (Python 3.11)
-                    await self._timer_moved.wait()
-            except TimeoutError:
-                self._tick()
+    def _due(self) -> list[float | None]:
+        core = None if self._taking or not self._inbox.empty() else self.fleet.wake_at  # else the consumer moves it
+        return [core, self.exchange.wake_at if self.connected else None]
 
     def _tick(self) -> None:
         now = self.clock()

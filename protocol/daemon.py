@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 import tomllib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -30,6 +30,7 @@ EX_UNAVAILABLE: Final = 69
 EX_TEMPFAIL: Final = 75
 EX_NOPERM: Final = 77
 EX_CONFIG: Final = 78
+IDLE_TICK_S: Final = 1.0
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -73,6 +74,29 @@ class Clock:
     def __call__(self) -> float:
         """Now."""
         return time.monotonic() + self._offset
+
+
+class Timer:
+    """Ticks when something is due.  What is due may change at any moment: `moved` makes the timer look again."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._moved = asyncio.Event()
+
+    def moved(self) -> None:
+        """Look again at what is due."""
+        self._moved.set()
+
+    async def run(self, due: Callable[[], Iterable[float | None]], tick: Callable[[], None]) -> None:
+        """Call `tick` whenever the earliest of `due()` has come, and at least once a second, until cancelled."""
+        while True:
+            self._moved.clear()
+            wait_s = min((at - self._clock() for at in due() if at is not None), default=IDLE_TICK_S)
+            try:
+                async with asyncio.timeout(min(max(0.0, wait_s), IDLE_TICK_S)):  # wait_for can swallow a cancellation
+                    await self._moved.wait()
+            except TimeoutError:
+                tick()
 
 
 # ---------------------------------------------------------------------------------------------------------------- logs
