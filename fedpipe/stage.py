@@ -78,6 +78,8 @@ def base_model(options: DemoOptions, bar: Progress) -> Path:
     """The folder of the base model: given, downloaded from the hub, or made here once.  Raises BadConfig, Unavailable."""
     if options.model != "auto":
         folder = Path(options.model).expanduser()
+        if not folder.is_dir() and options.model.startswith((".", "/", "~")):
+            raise BadConfig(f"--model {options.model}: there is no such folder; give one with config.json, or a hub id")
         found = folder if folder.is_dir() else resolve(Base(source=options.model), BasesConfig(allow_hub=True))
         return found.resolve()
     from fedpipe import pretrain

@@ -23,6 +23,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from protocol.errors import BadConfig, OutsideFault, Unavailable
+from protocol.topics import ID_RULE
 
 EX_OK: Final = 0
 EX_SOFTWARE: Final = 70
@@ -55,7 +56,12 @@ def to_struct(raw: object, kind: type[T], where: str) -> T:
     try:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
-        raise BadConfig(f"{where}: {error}") from None
+        raise BadConfig(f"{where}: {_in_words(str(error))}") from None
+
+
+def _in_words(text: str) -> str:
+    """A pattern for programmers, said for people."""
+    return re.sub(r"Expected `str` matching regex '\^\[a-z0-9\].*?'(?= - at|$)", f"Expected a name: {ID_RULE}", text)
 
 
 # --------------------------------------------------------------------------------------------------------------- clock

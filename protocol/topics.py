@@ -24,6 +24,7 @@ DownLeaf = Literal["plan", "cmd", "grant"]
 UP_LEAVES: Final[frozenset[str]] = frozenset({"state", "report", "progress", "exec", "offer", "answer"})
 DOWN_LEAVES: Final[frozenset[str]] = frozenset({"plan", "cmd", "grant"})
 
+ID_RULE: Final = "1 to 64 of a-z, 0-9 and inner dashes"
 _ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?")
 _XFER = re.compile(r"[0-9a-f]{32}")
 
@@ -75,7 +76,7 @@ class Topics:
 
     def __post_init__(self) -> None:
         if not is_id(self.fleet):
-            msg = f"fleet name {self.fleet!r}: use 1 to 64 of a-z, 0-9 and inner dashes"
+            msg = f"fleet name {self.fleet!r}: use {ID_RULE}"
             raise ValueError(msg)
 
     @property

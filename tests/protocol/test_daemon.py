@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.config import AgentConfig
 from protocol.daemon import (
     EX_CONFIG,
     EX_SOFTWARE,
@@ -309,3 +310,12 @@ def test_a_second_signal_ends_it_at_once(systemd: socket.socket) -> None:
     os.kill(process.pid, signal.SIGTERM)
     process.communicate()
     assert process.returncode == EX_TEMPFAIL
+
+
+def test_a_bad_name_is_explained_without_a_pattern(tmp_path: Path) -> None:
+    path = tmp_path / "agent.toml"
+    path.write_text('agent = "A b"\n')
+    with pytest.raises(
+        BadConfig, match=r"agent.toml: Expected a name: 1 to 64 of a-z, 0-9 and inner dashes - at `\$.agent`"
+    ):
+        load_toml(path, AgentConfig)
