@@ -10,6 +10,8 @@ setup: $(STAMP)
 
 # torch first and by its pinned version: a bare `torch` would take the CUDA build with gigabytes of libraries.
 $(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedpipe needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || scripts/apt-install python3-venv
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -26,7 +28,7 @@ test: setup mosquitto check
 
 .PHONY: mosquitto
 mosquitto:
-	@PATH="$$PATH:/usr/sbin" command -v mosquitto >/dev/null || scripts/install-mosquitto
+	@PATH="$$PATH:/usr/sbin" command -v mosquitto >/dev/null || scripts/apt-install mosquitto
 
 clean:
 	rm -rf $(VENV) dist build
