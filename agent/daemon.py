@@ -20,7 +20,7 @@ from agent.core import events as ev
 from agent.core.session import Session
 from agent.outbox import Outbox
 from agent.training import Training
-from protocol import codec
+from protocol import SOFTWARE, codec
 from protocol.blobs import Blobs
 from protocol.bus import Bus, Connected, Disconnected, Received, Will, mqtt_bus
 from protocol.daemon import Clock, OncePer, Timer, feed_watchdog, notify
@@ -44,7 +44,6 @@ from protocol.spool import Spool
 from protocol.topics import FromCoordinator, ToAgent, Topics, UpLeaf
 from protocol.transfer import Receiving
 
-SOFTWARE = "fedpipe 0.1.0"
 COORDINATOR = "coordinator"
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from fedpipe.broker import free_port, mosquitto_command
+from fedpipe.broker import embedded_command, free_port
 from fedpipe.cluster import Cluster, Member, port_open
 
 SETTLE_S = 5.0
@@ -33,8 +33,7 @@ def show(name: str, pid: int) -> None:
 async def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cluster, port = Cluster(Path(folder)), free_port()
-        (Path(folder) / "broker").mkdir()
-        await cluster.add("broker", mosquitto_command(port, Path(folder) / "broker"))
+        await cluster.add("broker", embedded_command(port))
         await port_open("127.0.0.1", port, 10, "the broker")
         broker = {"url": f"mqtt://127.0.0.1:{port}"}
         configs = {

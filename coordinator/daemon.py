@@ -24,7 +24,8 @@ from coordinator.core.state import ENDED
 from coordinator.presence import Presence
 from coordinator.store import Store
 from coordinator.traffic import Traffic
-from coordinator.work import SOFTWARE, Work
+from coordinator.work import Work
+from protocol import SOFTWARE
 from protocol.blobs import Blobs
 from protocol.bus import Bus, Connected, Disconnected, Received, Will, mqtt_bus
 from protocol.daemon import Clock, OncePer, Timer, feed_watchdog, notify

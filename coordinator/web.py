@@ -39,7 +39,7 @@ from coordinator.exporting import pick
 from coordinator.feed import Feed
 from coordinator.submission import Taken, parse_job, submit
 from coordinator.tarball import adapter_tar
-from coordinator.work import SOFTWARE
+from protocol import SOFTWARE
 from protocol.errors import BadConfig, OutsideFault, Unavailable
 from protocol.files import replacing
 

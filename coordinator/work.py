@@ -19,12 +19,11 @@ from coordinator.core.state import JobState, RoundRecord
 from coordinator.exporting import export_version, pick
 from coordinator.planner import fixed
 from coordinator.store import Store, Version
-from protocol import methods
+from protocol import SOFTWARE, methods
 from protocol.blobs import Blobs
 from protocol.errors import BadConfig, BadUpdate, OutsideFault, Unavailable
 from protocol.updates import open_update
 
-SOFTWARE: Final = "fedpipe 0.1.0"
 RETRY_S: Final = 15.0
 """Between two tries of what the disk refused."""
 
