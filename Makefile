@@ -1,10 +1,11 @@
 # make demo   set up and run the main job on this machine
 # make test   set up, check and run every test
+# make bench-pipeline   fedpipe beside published baselines on a virtual fleet (an hour; quick: make bench-pipeline ARGS=--quick)
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test check bench-pipeline clean
 
 setup: $(STAMP)
 
@@ -29,6 +30,9 @@ test: setup mosquitto check
 .PHONY: mosquitto
 mosquitto:
 	@PATH="$$PATH:/usr/sbin" command -v mosquitto >/dev/null || scripts/apt-install mosquitto
+
+bench-pipeline: setup
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m bench.pipeline $(ARGS)
 
 clean:
 	rm -rf $(VENV) dist build

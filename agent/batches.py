@@ -30,8 +30,29 @@ class Batch(NamedTuple):
     labels: torch.Tensor
     mask: torch.Tensor | None
     positions: torch.Tensor | None
-    n_samples: int
+    row_samples: tuple[int, ...]
     n_targets: int
+
+    @property
+    def n_samples(self) -> int:
+        """Examples in all rows."""
+        return sum(self.row_samples)
+
+    def split(self, n_rows: int) -> tuple[Batch, Batch]:
+        """The first `n_rows` rows and the others, in the same padding."""
+        first, rest = slice(None, n_rows), slice(n_rows, None)
+        return self._part(first), self._part(rest)
+
+    def _part(self, rows: slice) -> Batch:
+        labels = self.labels[rows]
+        return Batch(
+            ids=self.ids[rows],
+            labels=labels,
+            mask=None if self.mask is None else self.mask[rows],
+            positions=None if self.positions is None else self.positions[rows],
+            row_samples=self.row_samples[rows],
+            n_targets=int((labels[:, 1:] != IGNORED).sum()),
+        )
 
 
 def pad(rows: Sequence[Tokens], pad_id: int) -> Batch:
@@ -42,7 +63,7 @@ def pad(rows: Sequence[Tokens], pad_id: int) -> Batch:
         labels=torch.tensor([_fill(row.labels, IGNORED, longest) for row in rows]),
         mask=torch.tensor([_fill([1] * len(row.ids), 0, longest) for row in rows]),
         positions=None,
-        n_samples=len(rows),
+        row_samples=(1,) * len(rows),
         n_targets=sum(row.n_targets for row in rows),
     )
 
@@ -62,7 +83,7 @@ def pack(rows: Sequence[Sequence[Tokens]], pad_id: int) -> Batch:
         labels=torch.tensor([_fill(row, IGNORED, longest) for row in labels]),
         mask=None,
         positions=torch.tensor(positions),
-        n_samples=sum(len(row) for row in rows),
+        row_samples=tuple(len(row) for row in rows),
         n_targets=sum(tokens.n_targets for row in rows for tokens in row),
     )
 

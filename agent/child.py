@@ -1,8 +1,8 @@
 """What the daemon and its training child say to each other: length-prefixed msgpack frames over the child's stdin and stdout.
 
 The child exists so that CUDA out-of-memory, hangs, leaks and a SIGKILL are an event in the daemon and not its death, and so
-that an idle agent never holds torch in memory.  Commands go down (Run, Stop, Quit), events come up.  Each Run is answered by
-any number of Phase, Stepped, Evaluated and Surveyed and then by exactly one Finished or Failed; when the child dies first,
+that an idle agent never holds torch in memory.  Commands go down (Run, Stop, Pause, Resume, Shrink, Quit), events come up.  Each Run is answered by
+any number of Phase, Stepped, Evaluated, Surveyed and Calibrated and then by exactly one Finished or Failed; when the child dies first,
 the supervisor says Failed in its place.
 
 This module is the whole vocabulary and imports nothing heavy: both processes use it.
@@ -24,15 +24,19 @@ MAX_FRAME_BYTES: Final = 64 * 2**20
 SIGTERM: Final = "SIGTERM"
 """`stopped` of a task whose child was told to end by a signal; the child exits behind it."""
 
-PhaseName = Literal["loading", "evaluating", "training"]
+PAUSED_SIGN_S: Final = 5.0
+"""A paused child says so again this often: silence is the sign of a child that hangs."""
+
+PhaseName = Literal["loading", "calibrating", "evaluating", "training", "paused"]
 
 
 class TrainTask(msgspec.Struct, frozen=True, kw_only=True):
     """One share of a round as the child needs it: the plan, where its inputs lie and where the update goes.
 
-    Fields: base_folder holds the base model (agent/bases.py found it), digest_cache the file that remembers its digest;
+    Fields: base_folder holds the base model (agent/bases.py found it), digest_cache the file that remembers its digest,
+    calibrations the folder that remembers what was measured with it ("" is neither);
     model_file is the downloaded global adapter, None at version 0; out_file is written by a train task that made at least
-    one step; device is "auto", "cpu", "cuda" or "cuda:N"; time_limit_s counts from the start of the task, 0 is none;
+    one step; device is "auto", "cpu", "cuda" or "cuda:N"; memory_limit_bytes of it the child may hold in all, 0 is not known;
     allowed names the third-party trainers that this agent's own configuration permits.
     """
 
@@ -43,8 +47,9 @@ class TrainTask(msgspec.Struct, frozen=True, kw_only=True):
     max_model_bytes: int = 4 * 2**30
     out_file: str = ""
     digest_cache: str = ""
+    calibrations: str = ""
     device: str = "auto"
-    time_limit_s: float = 0.0
+    memory_limit_bytes: int = 0
     allowed: tuple[str, ...] = ()
 
 
@@ -64,6 +69,20 @@ class Stop(Frame, frozen=True, kw_only=True, tag="stop"):
     reason: str
 
 
+class Pause(Frame, frozen=True, kw_only=True, tag="pause"):
+    """Hold the running task after the present micro-batch, until Resume or Stop.  Without a task it means nothing."""
+
+    reason: str
+
+
+class Resume(Frame, frozen=True, kw_only=True, tag="resume"):
+    """Go on after a Pause."""
+
+
+class Shrink(Frame, frozen=True, kw_only=True, tag="shrink"):
+    """Halve the micro-batches of the running task, at the same samples per step, and give back memory that is only cached."""
+
+
 class Quit(Frame, frozen=True, kw_only=True, tag="quit"):
     """Stop and exit."""
 
@@ -75,7 +94,7 @@ class Ready(Frame, frozen=True, kw_only=True, tag="ready"):
 
 
 class Phase(Frame, frozen=True, kw_only=True, tag="phase"):
-    """The task has come to this part."""
+    """The task has come to this part.  "paused" is said again every PAUSED_SIGN_S, and behind it what goes on."""
 
     name: PhaseName
 
@@ -107,12 +126,18 @@ class Surveyed(Frame, frozen=True, kw_only=True, tag="surveyed"):
     result: messages.Surveyed
 
 
+class Calibrated(Frame, frozen=True, kw_only=True, tag="calibrated"):
+    """What a survey measured."""
+
+    result: messages.Calibrated
+
+
 class Finished(Frame, frozen=True, kw_only=True, tag="finished"):
     """The task ended with what it has.
 
     Fields: file is the update ("" if there is none); samples really processed and put into the update; loss is the mean
-    training loss per token over its steps; stopped is "" when every planned step was made, else why not; peak_bytes is
-    measured (device memory with CUDA, anonymous memory of the process without), predicted_bytes is agent/trainers/memory.py.
+    training loss per token over its steps; stopped is "" when all that was planned was done, else why not; peak_bytes is
+    measured (device memory with CUDA, anonymous memory of the process without), predicted_bytes is the plan's.
     """
 
     file: str = ""
@@ -138,9 +163,9 @@ class Failed(Frame, frozen=True, kw_only=True, tag="failed"):
     detail: str = ""
 
 
-Command = Run | Stop | Quit
+Command = Run | Stop | Pause | Resume | Shrink | Quit
 Ending = Finished | Failed
-Event = Ready | Phase | Stepped | Evaluated | Surveyed | Finished | Failed
+Event = Ready | Phase | Stepped | Evaluated | Surveyed | Calibrated | Finished | Failed
 
 LENGTH: Final = struct.Struct(">I")
 _commands: Final[msgspec.msgpack.Decoder[Command]] = msgspec.msgpack.Decoder(Command)

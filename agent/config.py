@@ -9,21 +9,12 @@ from msgspec import Meta
 
 from agent.bases import BasesConfig
 from agent.data import DataConfig
+from agent.limits import Limits
 from agent.supervisor import ChildConfig
 from protocol.bus import BrokerConfig
 from protocol.messages import Id, Name
 
-Positive = Annotated[int, Meta(ge=1, le=2**50)]
 Duration = Annotated[float, Meta(gt=0, le=10**8)]
-
-
-class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What this server allows fedpipe to take."""
-
-    max_global_rank: Annotated[int, Meta(ge=1, le=1024)] = 1024
-    """Components of the global adapter that are downloaded and held; fewer save memory."""
-    max_model_bytes: Positive = 8 * 2**30
-    """A larger global adapter is refused."""
 
 
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -46,4 +37,6 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """While training, progress is said this often at most."""
     report_s: Duration = 60.0
     """The server's resources are looked at this often; only changes are published."""
+    probe_bytes: Annotated[int, Meta(ge=0, le=4 * 2**20)] = 256 * 1024
+    """Sent once to measure the uplink while no update has gone over it yet, in one chunk at most; 0 is never."""
     log_level: str = "INFO"

@@ -13,13 +13,16 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from agent import profiler
+from agent import child, profiler
 from agent.config import AgentConfig
 from agent.core import actions as act
 from agent.core import events as ev
 from agent.core.session import Session
+from agent.host import Host
 from agent.outbox import Outbox
+from agent.probe import PROBE, uplink_seconds
 from agent.training import Training
+from agent.watch import Watch
 from protocol import SOFTWARE, codec
 from protocol.blobs import Blobs
 from protocol.bus import Bus, Connected, Disconnected, Received, Will, mqtt_bus
@@ -37,6 +40,7 @@ from protocol.messages import (
     Presence,
     Rebirth,
     Refuse,
+    Report,
 )
 from protocol.outgoing import Outgoing
 from protocol.sending import Uploads
@@ -45,6 +49,7 @@ from protocol.topics import FromCoordinator, ToAgent, Topics, UpLeaf
 from protocol.transfer import Receiving
 
 COORDINATOR = "coordinator"
+PROBE_AGAIN_S = 3600.0
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +68,7 @@ class Agent:
         self.core = Session(config.methods, self.outbox.load(), config.limits.max_global_rank)
         self.uploads = Uploads()
         self.link = profiler.Link()
-        self.report = profiler.profile(self.folder, self.link)
+        self.host, self.watch = Host(config.limits), Watch(config.device)
         self.connected = False
         self.bus = bus or mqtt_bus(config.broker, config.agent, self._will)
         self.exchange = Exchange(
@@ -80,11 +85,20 @@ class Agent:
         self._timer = Timer(self.clock)
         self._progress_due = asyncio.Event()
         self.training = Training(
-            config, blobs=self.blobs, outbox=self.outbox, tell=self.tell, moved=self._progress_due.set
+            config,
+            blobs=self.blobs,
+            outbox=self.outbox,
+            tell=self.tell,
+            moved=self._progress_due.set,
+            allowed_bytes=self._allowed_bytes,
         )
+        if self.host.see(self.watch.look(None), self.clock()).level != "run":
+            self._give_way()
+        self.report = self._look_around()
         self._fetching_since = 0.0
         self._pulled_since: dict[str, float] = {}
         self._complaints = OncePer()
+        self._probed_at = -PROBE_AGAIN_S
 
     # ------------------------------------------------------------------------------------------------------ lifecycle
 
@@ -101,6 +115,7 @@ class Agent:
                 "timer": self._timer.run(self._due, self._tick),
                 "heartbeat": self._heartbeat(),
                 "report": self._watch_resources(),
+                "host": self._watch_host(),
                 "exchange": self.exchange.run(),
                 "watchdog": feed_watchdog(lambda: True),
             }
@@ -154,6 +169,14 @@ class Agent:
                 self.training.begin(wish, self._group)
             case act.StopChild(reason=reason):
                 self.training.stop(reason)
+            case act.PauseChild(reason=reason):
+                self.training.order(child.Pause(reason=reason))
+            case act.ResumeChild():
+                self.training.order(child.Resume())
+            case act.ShrinkChild():
+                self.training.order(child.Shrink())
+            case act.LetChildGo():
+                self.training.supervisor.release()
             case act.KillChild():
                 self._group.create_task(self.training.kill(), name="kill")
             case act.OfferUpdate(offer=offer):
@@ -214,6 +237,7 @@ class Agent:
                     for due in self.uploads.reset(self.clock()):
                         self._say("offer", due.offer)
                     self.tell(ev.BusUp())
+                    self._measure_uplink()
                 case Disconnected(reason):
                     self.connected = False
                     logger.warning("no broker: %s", reason, extra={"action": "bus_down"})
@@ -301,10 +325,66 @@ class Agent:
                 self.outgoing.say(self._topic("progress"), self.training.progress, qos=0)
             await asyncio.sleep(self.config.progress_s)
 
+    # ------------------------------------------------------------------------------------------------------- the host
+
+    def _look_around(self) -> Report:
+        """What this server can give now.  Blocks for some milliseconds."""
+        verdict = self.host.verdict
+        return profiler.profile(
+            self.folder,
+            self.link,
+            limits=self.config.limits,
+            device=self.config.device,
+            child=self.training.supervisor.pid,
+            paused=verdict.reason if verdict.level in {"pause", "stop"} else "",
+        )
+
+    async def _allowed_bytes(self) -> int:
+        free, own = await asyncio.to_thread(self.watch.memory, self.training.supervisor.pid)
+        return 0 if own is None else max(1, self.config.limits.allowed_bytes(free, own))  # 0 would be "not known"
+
     async def _watch_resources(self) -> None:
         while True:
             await asyncio.sleep(self.config.report_s)
-            report = await asyncio.to_thread(profiler.profile, self.folder, self.link)
-            if profiler.changed(self.report, report):
-                self.report = report
-                self.outgoing.say(self._topic("report"), report, retain=True)
+            await self._report_change()
+
+    async def _report_change(self) -> None:
+        report = await asyncio.to_thread(self._look_around)
+        if profiler.changed(self.report, report):
+            self.report = report
+            self.outgoing.say(self._topic("report"), report, retain=True)
+
+    async def _watch_host(self) -> None:
+        """Look often while there is something that could give way, else as often as at everything."""
+        idle_until = self.clock() + self.config.report_s
+        while True:
+            await asyncio.sleep(self.config.limits.yield_to.every_s)
+            pid = self.training.supervisor.pid
+            if self.core.work is None and pid is None and self.clock() < idle_until:
+                continue
+            idle_until = self.clock() + self.config.report_s
+            level = self.host.verdict.level
+            sample = await asyncio.to_thread(self.watch.look, pid)
+            if self.host.see(sample, self.clock()).level != level:
+                self._give_way()
+                await self._report_change()
+
+    def _give_way(self) -> None:
+        level, reason = self.host.verdict
+        extra = {"action": "yield", "level": level} | ({"reason": reason} if reason else {})
+        logger.warning("the host needs the device" if reason else "the host leaves the device to training", extra=extra)
+        self.tell(ev.HostSpoke(level=level, reason=reason))
+
+    def _measure_uplink(self) -> None:
+        """At most once an hour, and only while no update has told how fast the link is."""
+        is_known = self.link.up_bytes_per_s > 0 or self.config.probe_bytes == 0
+        if not is_known and self.clock() - self._probed_at >= PROBE_AGAIN_S:
+            self._probed_at = self.clock()
+            self._group.create_task(self._probe(), name="probe")
+
+    async def _probe(self) -> None:
+        n_bytes = min(self.config.probe_bytes, self.config.broker.chunk_bytes)
+        seconds = await uplink_seconds(self.bus, self.topics.up_chunk(self.config.agent, PROBE), n_bytes)
+        if seconds is not None and self.link.up_bytes_per_s == 0:
+            self.link.up(n_bytes, seconds)
+            await self._report_change()

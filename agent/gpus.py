@@ -10,8 +10,9 @@ so it is made again each time and a driver that was installed later is found wit
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any, Final, TypeVar
+import time
+from collections.abc import Callable, Collection
+from typing import Any, Final, NamedTuple, TypeVar
 
 import psutil
 import pynvml as nvml
@@ -22,6 +23,8 @@ T = TypeVar("T")
 
 _opened: list[bool] = []
 MAX_GPUS: Final = 64
+UTILIZATION_S: Final = 3.0
+"""How far back a process's use of the device counts: the driver takes a sample about once a second."""
 
 
 def gpus(notes: list[str]) -> tuple[list[Gpu], str]:
@@ -87,6 +90,65 @@ def _gpu(index: int, handle: Any, ours: set[int], notes: list[str]) -> Gpu:
             nvml.NVML_VOLATILE_ECC,
         ),
     )
+
+
+class Usage(NamedTuple):
+    """Who uses one device now.  own_bytes and other_ratio are None where the driver does not tell whose use it is.
+
+    That is so in a container with process ids of its own: there our child is a stranger among the device's processes.
+    """
+
+    free_bytes: int
+    own_bytes: int | None
+    other_ratio: float | None
+    power_w: float
+    temperature_c: float
+
+
+def usage(index: int, ours: Collection[int]) -> Usage | None:
+    """Look at one device; `ours` are the processes that train here now.  None when NVML does not answer.
+
+    Use by other fedpipe agents is not counted in other_ratio: two of them on one device would stop each other.
+    """
+    try:
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    except nvml.NVMLError:
+        return None
+    none: list[Any] = []
+    computing = _read(nvml.nvmlDeviceGetComputeRunningProcesses, none, "", [], handle)
+    held = {p.pid: p.usedGpuMemory for p in computing}
+    mine = [held[pid] for pid in ours if pid in held]
+    is_known = not ours or (bool(mine) and None not in mine)
+    return Usage(
+        free_bytes=int(memory.free),
+        own_bytes=sum(mine) if is_known else None,
+        other_ratio=_other_ratio(handle, ours) if is_known else None,
+        power_w=_read(nvml.nvmlDeviceGetPowerUsage, 0, "", [], handle) / 1000,
+        temperature_c=float(_read(nvml.nvmlDeviceGetTemperature, 0, "", [], handle, nvml.NVML_TEMPERATURE_GPU)),
+    )
+
+
+def _other_ratio(handle: Any, ours: Collection[int]) -> float | None:
+    """Share of the device's time that went to others in the last seconds; None when the driver keeps no such account."""
+    since_us = int((time.time() - UTILIZATION_S) * 1e6)
+    try:
+        seen = nvml.nvmlDeviceGetProcessUtilization(handle, since_us)
+    except nvml.NVMLError_NotFound:  # no process did anything
+        return 0.0
+    except nvml.NVMLError:
+        return None
+    busy: dict[int, int] = {}
+    for one in seen:
+        busy[one.pid] = max(busy.get(one.pid, 0), one.smUtil)
+    return min(1.0, sum(n for pid, n in busy.items() if n and pid not in ours and not _is_training(pid)) / 100)
+
+
+def _is_training(pid: int) -> bool:
+    try:
+        return "agent.worker" in psutil.Process(pid).cmdline()
+    except psutil.Error:
+        return False
 
 
 def _read(get: Callable[..., T], default: T, what: str, notes: list[str], *args: object) -> T:

@@ -11,6 +11,7 @@ Freezing is by hand: PEFT's prepare_model_for_kbit_training would double the emb
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from pathlib import Path
@@ -19,9 +20,9 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import nn
 
-from agent.trainers.memory import Compute
 from protocol.errors import BadConfig
-from protocol.messages import Bits, Matrix
+from protocol.memory import Compute
+from protocol.messages import Bits, Dimensions, Matrix
 
 BF16_FROM_BYTES: Final = 64 * 2**20
 """Below this much weight on disk casting costs more than bf16 saves on a CPU (measured on models of 3 MB and 200 MB)."""
@@ -160,3 +161,29 @@ def survey(folder: Path) -> list[Matrix]:
     except (OSError, ValueError, KeyError) as error:
         raise BadConfig(f"base model {folder} cannot be read: {str(error)[:300]}") from error
     return matrices(model)
+
+
+def dimensions(folder: Path) -> Dimensions | None:
+    """The sizes that the memory formula wants, from config.json; None for a file that is neither Llama-like nor GPT-2-like."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+
+        def field(*names: str) -> int:
+            return int(next(config[name] for name in names if config.get(name) is not None))
+
+        hidden, n_heads = field("hidden_size", "n_embd"), field("num_attention_heads", "n_head")
+        head = int(config.get("head_dim") or hidden // n_heads)
+        n_layers, vocabulary = field("num_hidden_layers", "n_layer"), field("vocab_size")
+        is_gpt2 = "n_embd" in config
+        is_tied = config.get("tie_word_embeddings", is_gpt2)
+        positions = field("n_positions") * hidden if is_gpt2 else 0
+        return Dimensions(
+            hidden=hidden,
+            mlp=int(config.get("intermediate_size") or config.get("n_inner") or 4 * hidden),
+            key_value=int(config.get("num_key_value_heads") or n_heads) * head,
+            vocabulary=vocabulary,
+            n_layers=n_layers,
+            n_other=vocabulary * hidden * (1 if is_tied else 2) + positions + 2 * hidden * n_layers + hidden,
+        )
+    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, StopIteration):
+        return None

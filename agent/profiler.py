@@ -12,18 +12,21 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 import msgspec
 import psutil
 
-from agent.gpus import gpus
-from protocol.messages import Bits, Gpu, Report
+from agent.gpus import gpus, usage
+from agent.limits import Limits
+from protocol.messages import Allowance, Bits, Gpu, Report
 
 CGROUPS: Final = Path("/sys/fs/cgroup")
 OWN_CGROUP: Final = Path("/proc/self/cgroup")
 MAX_NOTES: Final = 16
+LIMITS: Final = Limits()
 
 
 class Link:
@@ -71,8 +74,19 @@ class Cap(msgspec.Struct, frozen=True):
     free_bytes: float = math.inf
 
 
-def profile(data_dir: Path, link: Link | None = None) -> Report:
+def profile(
+    data_dir: Path,
+    link: Link | None = None,
+    *,
+    limits: Limits = LIMITS,
+    device: str = "auto",
+    child: int | None = None,
+    paused: str = "",
+) -> Report:
     """Look at this server now.  `data_dir` need not exist yet; its file system is the one whose free space counts.
+
+    The allowance is for `device` (as in the configuration) under `limits`; what the training child, a process id, holds of it
+    counts as free.  `paused` says why nothing may be trained now.
 
     Load is the machine's, as a ratio of its processors; free memory counts caches that the kernel would give up.  Never
     raises for something that cannot be read: the field keeps its default and `notes` says so.
@@ -80,18 +94,22 @@ def profile(data_dir: Path, link: Link | None = None) -> Report:
     notes: list[str] = []
     devices, driver = gpus(notes)
     cap = cgroup_cap()
-    memory = psutil.virtual_memory()
+    ram = psutil.virtual_memory()
+    bits = _bits(notes)
+    if not (allowed := [width for width in bits if width in limits.bits]):
+        notes.append(f"limits.bits = {limits.bits} leaves none of {bits}: allow one of these")
     return Report(
         gpus=devices,
         driver=driver[:64],
         n_cpus=max(1, math.floor(min(len(os.sched_getaffinity(0)), cap.n_cpus))),
         cpu_load_ratio=round(psutil.getloadavg()[0] / (os.cpu_count() or 1), 3),
-        ram_total_bytes=int(min(memory.total, cap.memory_bytes)),
-        ram_available_bytes=int(min(memory.available, cap.free_bytes)),
+        ram_total_bytes=int(min(ram.total, cap.memory_bytes)),
+        ram_available_bytes=int(min(ram.available, cap.free_bytes)),
         disk_free_bytes=_disk_free(data_dir, notes),
         up_bytes_per_s=link.up_bytes_per_s if link else 0.0,
         down_bytes_per_s=link.down_bytes_per_s if link else 0.0,
-        bits=_bits(notes),
+        bits=allowed,
+        allowance=_allowance(limits, training_gpu(device, devices), child, paused),
         notes=[note[:500] for note in notes[:MAX_NOTES]],
     )
 
@@ -101,6 +119,8 @@ def changed(old: Report, new: Report) -> bool:
     fixed = ("driver", "n_cpus", "ram_total_bytes", "bits", "notes")
     if any(getattr(old, name) != getattr(new, name) for name in fixed) or len(old.gpus) != len(new.gpus):
         return True
+    if _allowance_changed(old.allowance, new.allowance):
+        return True
     return (
         abs(old.ram_available_bytes - new.ram_available_bytes) > 0.1 * new.ram_total_bytes
         or abs(old.cpu_load_ratio - new.cpu_load_ratio) > 0.25
@@ -109,6 +129,55 @@ def changed(old: Report, new: Report) -> bool:
         or _ratio(old.down_bytes_per_s, new.down_bytes_per_s) > 1.25
         or any(_gpu_changed(a, b) for a, b in zip(old.gpus, new.gpus, strict=True))
     )
+
+
+def training_gpu(wanted: str, devices: Sequence[Gpu]) -> Gpu | None:
+    """The device that `wanted` ("auto", "cpu", "cuda" or "cuda:N") means to torch, None for the CPU; without importing torch."""
+    if wanted == "cpu" or not devices or _is_cpu_build():
+        return None
+    _, _, index = wanted.partition(":")
+    return devices[int(index)] if index.isdigit() and int(index) < len(devices) else devices[0]
+
+
+def available_ram() -> int:
+    """Memory in bytes that this process and its children may still take: the machine's or the control group's."""
+    return int(min(psutil.virtual_memory().available, cgroup_cap().free_bytes))
+
+
+def own_ram(pid: int | None) -> int:
+    """Memory of a process that no file backs, in bytes; 0 without one."""
+    try:
+        held = psutil.Process(pid).memory_info() if pid else None
+    except psutil.Error:
+        return 0
+    return max(0, held.rss - held.shared) if held else 0
+
+
+def memory(gpu: Gpu | None, child: int | None) -> tuple[int, int | None]:
+    """Bytes of the training device (None: the CPU) that are free and that the child holds, None if that is not known."""
+    if gpu is None:
+        return available_ram(), own_ram(child)
+    used = usage(gpu.index, [child] if child else [])
+    return (used.free_bytes, used.own_bytes) if used else (gpu.free_bytes, None)
+
+
+def _allowance(limits: Limits, gpu: Gpu | None, child: int | None, paused: str) -> Allowance:
+    free, own = memory(gpu, child)
+    return Allowance(
+        device=gpu.name if gpu else "cpu",
+        memory_bytes=limits.allowed_bytes(free, own or 0),
+        max_rank=limits.max_rank,
+        max_batch=limits.max_batch,
+        paused=paused[:2000],
+    )
+
+
+def _is_cpu_build() -> bool:
+    """Whether torch, by the name of its version, knows no CUDA at all."""
+    try:
+        return importlib.metadata.version("torch").endswith("+cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def cgroup_cap(root: Path = CGROUPS, own: Path = OWN_CGROUP) -> Cap:
@@ -181,6 +250,15 @@ def _ratio(a: float, b: float) -> float:
     """Return how many times the larger is the smaller: 1 for equal, infinite if exactly one of them is zero."""
     low, high = sorted((a, b))
     return high / low if low else (math.inf if high else 1.0)
+
+
+def _allowance_changed(old: Allowance | None, new: Allowance | None) -> bool:
+    if old is None or new is None:
+        return old is not new
+    fixed = ("device", "max_rank", "max_batch", "paused")
+    return any(getattr(old, name) != getattr(new, name) for name in fixed) or (
+        abs(old.memory_bytes - new.memory_bytes) > 0.1 * max(old.memory_bytes, new.memory_bytes)
+    )
 
 
 def _gpu_changed(old: Gpu, new: Gpu) -> bool:

@@ -3,7 +3,7 @@
     run(task) --> start the child if there is none --> Run --> events ... --> Finished | Failed
     stop()        the child hands over what it has; if it does not within grace_s, it is killed
     silence       longer than hang_s between two events: killed, Failed("hung")
-    idle_s later  Quit: an idle agent holds neither torch nor a model
+    idle_s later  Quit: an idle agent holds neither torch nor a model; after release() at once
 
 The child is kept warm between tasks, since importing torch costs 4 s and loading a base more.  No exception of the child, its
 pipe or its start leaves this module: the next run starts a fresh one.  torch is never imported here.
@@ -18,7 +18,7 @@ import os
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Annotated, Final
 
@@ -26,7 +26,21 @@ import msgspec
 from msgspec import Meta
 
 from agent import child
-from agent.child import SIGTERM, Command, Ending, Event, Failed, Finished, Quit, Run, Stop, TrainTask
+from agent.child import (
+    SIGTERM,
+    Command,
+    Ending,
+    Event,
+    Failed,
+    Finished,
+    Pause,
+    Quit,
+    Resume,
+    Run,
+    Shrink,
+    Stop,
+    TrainTask,
+)
 from protocol.errors import IllegalMove
 
 logger = logging.getLogger(__name__)
@@ -39,6 +53,7 @@ ENVIRONMENT: Final = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "PYTHONUNBUFFERED": "1",
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as NVML counts, so that cuda:1 is the device whose memory the daemon watches
 }
 """Set in the child unless the daemon's own environment says otherwise.  Downloads are the daemon's business (agent/bases.py)."""
 
@@ -71,6 +86,7 @@ class Supervisor:
         self._process: Process | None = None
         self._patience: asyncio.Timeout | None = None  # of the running task
         self._stopping = ""
+        self._is_unwanted = False
         self._idle: asyncio.TimerHandle | None = None
         self._farewell: asyncio.Task[None] | None = None
 
@@ -84,32 +100,36 @@ class Supervisor:
         """Whether a task is under way."""
         return self._patience is not None
 
-    async def run(self, task: TrainTask, on_event: Callable[[Event], None]) -> Ending:
+    async def run(self, task: TrainTask, on_event: Callable[[Event], None], orders: Sequence[Command] = ()) -> Ending:
         """Have the child do `task`.  Every event goes to `on_event` as it comes, the ending too, which is also returned.
 
-        Cancelling this kills the child.  Raises IllegalMove when a task is under way.
+        `orders` are told once the child has the task: what was said for it until then.  Cancelling this kills the child.  Raises IllegalMove when a task is under way.
         """
         if self._patience is not None:
             raise IllegalMove("a task is under way: wait for its end before the next run")
         self._patience = asyncio.timeout(self._config.hang_s)
         self._stopping = ""
         try:
-            ending = await self._run(task, on_event)
+            ending = await self._run(task, on_event, orders)
         except BaseException:
             await self.kill()
             raise
         finally:
             self._patience = None
-        self._idle = asyncio.get_running_loop().call_later(self._config.idle_s, self._let_go)
+        idle_s = 0.0 if self._is_unwanted else self._config.idle_s
+        self._idle = asyncio.get_running_loop().call_later(idle_s, self._let_go)
+        self._is_unwanted = False
         on_event(ending)
         return ending
 
-    async def _run(self, task: TrainTask, on_event: Callable[[Event], None]) -> Ending:
+    async def _run(self, task: TrainTask, on_event: Callable[[Event], None], orders: Sequence[Command]) -> Ending:
         assert self._patience is not None
         try:
             async with self._patience:
                 process = await self._alive()
                 _say(process, Run(task=task))
+                for order in orders:
+                    _say(process, order)
                 if self._stopping:  # while the child was starting
                     _say(process, Stop(reason=self._stopping))
                 while not isinstance(event := await _hear(process), Finished | Failed):
@@ -144,6 +164,18 @@ class Supervisor:
         if self._process is not None:
             _say(self._process, Stop(reason=self._stopping))
         self._be_patient(self._config.grace_s)
+
+    def tell(self, order: Pause | Resume | Shrink) -> None:
+        """Pass an order on to the running task; without one, nothing."""
+        if self._patience is not None and self._process is not None:
+            _say(self._process, order)
+
+    def release(self) -> None:
+        """Let the child go as soon as it has no task: its memory is needed."""
+        self._is_unwanted = self._patience is not None
+        if self._idle is not None and not self._is_unwanted:
+            self._idle.cancel()
+            self._let_go()
 
     async def kill(self) -> None:
         """End the child now; a running task ends as Failed("died")."""

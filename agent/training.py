@@ -7,7 +7,7 @@ update is in the outbox, durable, before anybody hears of it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
@@ -25,7 +25,11 @@ from protocol.methods import load as load_method
 
 
 class Training:
-    """The daemon's training child at work.  `tell` hands facts to the core, `moved` is called whenever progress was made."""
+    """The daemon's training child at work.
+
+    `tell` hands facts to the core; `moved` is called whenever progress was made; `allowed_bytes`, asked when a run begins,
+    says how much memory it may hold (0: not known).
+    """
 
     def __init__(
         self,
@@ -35,24 +39,32 @@ class Training:
         outbox: Outbox,
         tell: Callable[[ev.Happened], None],
         moved: Callable[[], None],
+        allowed_bytes: Callable[[], Awaitable[int]],
     ) -> None:
         self.progress = Progress()
         self._config, self._blobs, self._outbox = config, blobs, outbox
-        self._tell, self._moved = tell, moved
+        self._tell, self._moved, self._allowed_bytes = tell, moved, allowed_bytes
         self._folder = Path(config.state_dir)
         self.supervisor = Supervisor(config.child, log=self._folder / "training.log")
         self._run: asyncio.Task[None] | None = None
         self._stop_reason = ""
+        self._orders: list[child.Command] = []
 
     def begin(self, wish: act.StartChild, group: asyncio.TaskGroup) -> None:
         """Start a run in `group`.  It ends in exactly one ChildFinished or ChildFailed."""
         self._stop_reason = ""
+        self._orders = []
         self._run = group.create_task(self._train(wish), name="train")
 
     def stop(self, reason: str) -> None:
         """Ask the run to end with what it has; it may not have reached the child yet."""
         self._stop_reason = reason
         self.supervisor.stop(reason)
+
+    def order(self, order: child.Pause | child.Resume | child.Shrink) -> None:
+        """Tell the run something that changes how it goes on; it may not have reached the child yet."""
+        self._orders.append(order)
+        self.supervisor.tell(order)
 
     async def kill(self) -> None:
         """End the run now."""
@@ -81,7 +93,7 @@ class Training:
         task = await self._task(wish)
         if self._stop_reason:
             return ev.ChildFailed(reason=f"stopped before it began: {self._stop_reason}")
-        match await self.supervisor.run(task, self._said):
+        match await self.supervisor.run(task, self._said, self._orders):
             case child.Finished() as finished:
                 return await self._finished(wish, finished)
             case child.Failed(reason=reason, detail=detail):
@@ -102,13 +114,18 @@ class Training:
             max_model_bytes=config.limits.max_model_bytes,
             out_file=str(self._folder / "training.update"),
             digest_cache=str(self._folder / "digests.json"),
+            calibrations=str(self._folder / "calibrations"),
             device=config.device,
-            time_limit_s=wish.time_limit_s,
+            memory_limit_bytes=await self._allowed_bytes(),
             allowed=tuple(config.methods),
         )
 
     def _said(self, event: child.Event) -> None:
         match event:
+            case child.Phase(name="paused"):
+                self.progress = msgspec.structs.replace(self.progress, phase="paused")
+            case child.Phase(name=name) if self.progress.phase == "paused":
+                self.progress = msgspec.structs.replace(self.progress, phase=name)
             case child.Phase(name=name):
                 self.progress = msgspec.structs.replace(self.progress, phase=name, step=0, n_steps=0)
                 self._tell(ev.ChildBegan(phase=name))
@@ -120,6 +137,8 @@ class Training:
                 self._tell(ev.ChildEvaluated(result=result))
             case child.Surveyed(result=surveyed):
                 self._tell(ev.ChildSurveyed(result=surveyed))
+            case child.Calibrated(result=calibrated):
+                self._tell(ev.ChildCalibrated(result=calibrated))
         self._moved()
 
     async def _finished(self, wish: act.StartChild, ending: child.Finished) -> ev.ChildFinished:
@@ -135,6 +154,8 @@ class Training:
                 samples=ending.samples,
                 loss=ending.loss,
                 train_s=ending.train_s,
+                steps=ending.steps,
+                peak_bytes=ending.peak_bytes,
                 bytes_down=wish.bytes_down,
                 stopped=ending.stopped,
             )

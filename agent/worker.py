@@ -1,11 +1,13 @@
 """The training child: `python -m agent.worker PARENT_PID`, started and watched by agent/supervisor.py.
 
-    stdin   Run, Stop, Quit          read by a thread, so that a Stop arrives in the middle of a step
+    stdin   commands                 read by a thread, so that a Stop arrives in the middle of a step
     stdout  events, nothing else     whatever the libraries print goes to stderr
 
 One task at a time, in the main thread.  A Stop, a SIGTERM or the end of stdin sets a flag that the trainer hears after the
-present micro-batch; a second thread is never in torch.  The kernel is told to kill this process with its parent and to
-choose it first when memory runs out: the services of the host and the daemon come before training.
+present micro-batch; a second thread is never in torch.  A Pause holds the task between two micro-batches.
+
+The kernel is told to kill this process with its parent and to choose it first when memory runs out: the services of the host
+and the daemon come before training.
 
 An unexpected exception is reported and then ends the process: after a CUDA fault nothing in it can be trusted.
 """
@@ -23,14 +25,28 @@ import sys
 import threading
 import warnings
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import BinaryIO, Final
 
 import msgspec
 
 from agent import child, trainers
-from agent.child import Ending, Event, Failed, Finished, Phase, Ready, Run, Stop, Surveyed, TrainTask
-from agent.trainers import Trainer, TrainingFailed
+from agent.child import (
+    Ending,
+    Event,
+    Failed,
+    Finished,
+    Pause,
+    Phase,
+    PhaseName,
+    Ready,
+    Resume,
+    Run,
+    Shrink,
+    Stop,
+    TrainTask,
+)
+from agent.trainers import Running, Trainer, TrainingFailed
 from protocol import methods
 from protocol.errors import OutsideFault
 
@@ -43,12 +59,18 @@ EX_SOFTWARE: Final = 70
 
 
 class Mailbox:
-    """Commands from the parent.  `why` is not empty while the running task should stop."""
+    """Commands from the parent.
+
+    For the running task: `why` is not empty while it should stop, `paused` while it should hold, and `is_shrinking` once it
+    was asked to shrink, until that is done.
+    """
 
     def __init__(self, source: BinaryIO) -> None:
         self._source = source
         self._tasks: SimpleQueue[TrainTask | None] = SimpleQueue()
-        self.why = ""
+        self._heard: SimpleQueue[None] = SimpleQueue()  # a signal handler may put, also while its thread gets
+        self.is_shrinking = False
+        self.why = self.paused = ""
 
     def listen(self) -> None:
         """Read commands until Quit or the end of the pipe.  Runs in its own thread."""
@@ -56,12 +78,20 @@ class Mailbox:
             while True:
                 match child.decode_command(read_frame(self._source)):
                     case Run(task=task):
-                        self.why = ""  # a Stop that crossed the end of the task before
+                        self.why = self.paused = ""  # a Stop that crossed the end of the task before
+                        self.is_shrinking = False
                         self._tasks.put(task)
                     case Stop(reason=reason):
                         self.why = reason or "stop"
+                    case Pause(reason=reason):
+                        self.paused = reason or "paused"
+                    case Resume():
+                        self.paused = ""
+                    case Shrink():
+                        self.is_shrinking = True
                     case _:
                         break
+                self._heard.put(None)
         except msgspec.DecodeError as error:
             logger.error("unreadable command: %s", error, extra={"action": "garbled"})
         except (OSError, EOFError):
@@ -72,6 +102,12 @@ class Mailbox:
         """Stop the running task and take no other.  Safe in a signal handler."""
         self.why = why if why == child.SIGTERM else self.why or why
         self._tasks.put(None)
+        self._heard.put(None)
+
+    def wait(self, seconds: float) -> None:
+        """Wait for a command, but not for longer; one that came since the last wait counts."""
+        with contextlib.suppress(Empty):
+            self._heard.get(timeout=seconds)
 
     def next(self) -> TrainTask | None:
         """Wait for the next task; None is the end."""
@@ -113,22 +149,40 @@ class Worker:
 
     def _run(self, task: TrainTask) -> Ending:
         trainer = self._trainer(task)
-        if task.plan.purpose == "survey":
-            self.send(Phase(name="loading"))
-            self.send(Surveyed(result=trainer.survey(task)))
-            return Finished()
-        running = trainer.train(task)
+        is_survey = task.plan.purpose == "survey"
+        finished = self._drive(trainer, trainer.survey(task) if is_survey else trainer.train(task))
+        is_told = finished.stopped == "stop"
+        return msgspec.structs.replace(finished, stopped=self._mailbox.why) if is_told else finished
+
+    def _drive(self, trainer: Trainer, running: Running) -> Finished:
+        """Run a trainer's generator to its end: its events go up, and between them it hears of stops, pauses and shrinks."""
+        phase: PhaseName = "loading"
         try:
             event = next(running)
             while True:
                 self.send(event)
+                if isinstance(event, Phase):
+                    phase = event.name
+                if self._mailbox.is_shrinking:
+                    self._mailbox.is_shrinking = False
+                    if shrink := getattr(trainer, "shrink", None):  # third-party trainers need not have it
+                        shrink()
+                    release()
+                if self._mailbox.paused and not self._mailbox.why:
+                    self._hold()
+                    self.send(Phase(name=phase))
                 event = running.send(bool(self._mailbox.why))
         except StopIteration as end:
             finished: Finished = end.value
+            return finished
         finally:
             running.close()
-        is_told = finished.stopped == "stop"
-        return msgspec.structs.replace(finished, stopped=self._mailbox.why) if is_told else finished
+
+    def _hold(self) -> None:
+        release()
+        while self._mailbox.paused and not self._mailbox.why:
+            self.send(Phase(name="paused"))
+            self._mailbox.wait(child.PAUSED_SIGN_S)
 
     def _trainer(self, task: TrainTask) -> Trainer:
         name = methods.load(task.plan.method, task.allowed).trainer
@@ -142,6 +196,8 @@ def release() -> None:
     gc.collect()
     if torch := sys.modules.get("torch"):
         torch.cuda.empty_cache()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc keeps what was freed
+        trim(0)
 
 
 def read_frame(source: BinaryIO) -> bytes:

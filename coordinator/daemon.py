@@ -239,7 +239,7 @@ class Coordinator:
                 extra = {"action": "job", "job": card.job, "phase": card.phase, "reason": card.reason}
                 logger.info("job moved", extra=extra)
             case act.MakePlan():
-                self.tell(self.work.plan(wish, self.fleet.state.jobs[wish.job]))
+                self._spawn(f"plan/{wish.job}/{wish.round}/{wish.attempt}", self._plan(wish))
             case act.Fetch():
                 self.traffic.fetch(wish)
             case act.Acknowledge(agent=agent, xfer=xfer):
@@ -264,6 +264,9 @@ class Coordinator:
             return
         self._slow[name] = self._group.create_task(work, name=name)
         self._slow[name].add_done_callback(lambda _: self._slow.pop(name, None))
+
+    async def _plan(self, wish: act.MakePlan) -> None:
+        self.tell(await self.work.plan(wish, self.fleet.state))
 
     async def _fold(self, wish: act.Aggregate) -> None:
         self._folding[wish.job] = wish

@@ -50,6 +50,7 @@ def to_event(agent: str, envelope: Envelope) -> ev.Happened | None:
                 state=moved.state,
                 reason=moved.reason,
                 surveyed=moved.surveyed,
+                calibrated=moved.calibrated,
                 evaluated=moved.evaluated,
             )
         case Offer() as offer:

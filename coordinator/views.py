@@ -49,12 +49,17 @@ class AgentView(View, frozen=True, kw_only=True):
 
 
 class MemberView(View, frozen=True, kw_only=True):
-    """An agent as one job's survey found it; `excluded` says why it is out, empty when it may take part."""
+    """An agent as one job's survey found it; `excluded` says why it is out, empty when it may take part.
+
+    calibrated_s is how long its own measurements took, None where there are none; `uncalibrated` then says why.
+    """
 
     survey: str = ""
     excluded: str = ""
     n_train: int = 0
     n_eval: int = 0
+    calibrated_s: float | None = None
+    uncalibrated: str = ""
 
 
 class ShareView(View, frozen=True, kw_only=True):
@@ -313,6 +318,8 @@ def _member(member: Member) -> MemberView:
         excluded=member.excluded,
         n_train=found.n_train if found else 0,
         n_eval=found.n_eval if found else 0,
+        calibrated_s=member.calibrated.seconds if member.calibrated else None,
+        uncalibrated=member.uncalibrated,
     )
 
 

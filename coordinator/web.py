@@ -5,6 +5,7 @@ Loopback unless told otherwise, and a public address demands a token (coordinato
 
     GET  /v1/health                                        needs no token
     GET  /v1/fleet  /v1/agents  /v1/jobs  /v1/jobs/{name}  /v1/jobs/{name}/versions
+         /v1/jobs/{name}/plan                              who does what and why; 404 while there is none
     POST /v1/jobs                                          a job file; 201, 409 for a name that is taken
     POST /v1/jobs/{name}/cancel
     GET  /v1/jobs/{name}/adapter?version=N                 a tar of the PEFT folder
@@ -37,6 +38,7 @@ from coordinator.core.events import JobCancelled
 from coordinator.core.state import ENDED, JobState
 from coordinator.exporting import pick
 from coordinator.feed import Feed
+from coordinator.plan_views import plan_view, unplanned_text
 from coordinator.submission import Taken, parse_job, submit
 from coordinator.tarball import adapter_tar
 from protocol import SOFTWARE
@@ -96,6 +98,7 @@ class Api:
             Route("/v1/jobs/{name}", self.job),
             Route("/v1/jobs/{name}/cancel", self.cancel, methods=["POST"]),
             Route("/v1/jobs/{name}/versions", self.versions),
+            Route("/v1/jobs/{name}/plan", self.plan),
             Route("/v1/jobs/{name}/adapter", self.adapter),
         ]
 
@@ -142,6 +145,15 @@ class Api:
         store, name = self._coordinator.store, job.spec.job.name
         rounds = await asyncio.to_thread(store.rounds, name)
         return answer(views.version_views(store.versions(name), views.evaluations(rounds, job.round)))
+
+    async def plan(self, request: Request) -> Response:
+        """See plan_views.PlanView."""
+        name = self._job(request).spec.job.name
+        rounds = await asyncio.to_thread(self._coordinator.store.rounds, name)
+        job = self._coordinator.fleet.state.jobs[name]
+        if job.plan is None:
+            raise HTTPException(404, unplanned_text(job))
+        return answer(plan_view(job, job.plan, rounds, self._coordinator.clock()))
 
     async def submit(self, request: Request) -> Response:
         """Take a job file; durable when this answers."""

@@ -6,7 +6,9 @@ Each piece ends in exactly one event, whatever happens, so the core never waits 
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -15,9 +17,10 @@ from coordinator import folding
 from coordinator.config import CoordinatorConfig
 from coordinator.core import actions as act
 from coordinator.core import events as ev
-from coordinator.core.state import JobState, RoundRecord
+from coordinator.core.state import FleetState, JobState, RoundRecord
 from coordinator.exporting import export_version, pick
-from coordinator.planner import fixed
+from coordinator.planner import automatic
+from coordinator.planner.servers import Ask
 from coordinator.store import Store, Version
 from protocol import SOFTWARE, methods
 from protocol.blobs import Blobs
@@ -30,20 +33,54 @@ RETRY_S: Final = 15.0
 logger = logging.getLogger(__name__)
 
 
+def question(fleet: FleetState, wish: act.MakePlan) -> Ask:
+    """What the planner is asked, as it is now: a plan is made beside the core, whose state moves on meanwhile."""
+    job = fleet.jobs[wish.job]
+    reports = {agent: report for agent in wish.agents if (report := fleet.agents[agent].report)}
+    return Ask(
+        spec=job.spec,
+        matrices=list(job.matrices),
+        frozen_rank=max((level.rank for level in job.model.levels), default=0) if job.model else 0,
+        overhead_s=job.overhead_s or job.spec.plan.overhead_s,
+        members={agent: copy.copy(job.members[agent]) for agent in wish.agents},
+        reports=reports,
+        bits_now={agent: choice.bits for agent, choice in job.plan.choices.items()} if job.plan else {},
+    )
+
+
 class Work:
     """The slow jobs over one store and one folder of blobs."""
 
     def __init__(self, config: CoordinatorConfig, store: Store, blobs: Blobs, clock: Callable[[], float]) -> None:
         self._config, self._store, self._blobs, self._clock = config, store, blobs, clock
 
-    def plan(self, wish: act.MakePlan, job: JobState) -> ev.PlanReady | ev.PlanFailed:
+    async def plan(self, wish: act.MakePlan, fleet: FleetState) -> ev.PlanReady | ev.PlanFailed:
         """Who trains what."""
         asked = {"job": wish.job, "round": wish.round, "attempt": wish.attempt}
+        ask, started = question(fleet, wish), time.monotonic()
         try:
-            choices = {agent: fixed.choose(job.spec, agent, job.matrices) for agent in wish.agents}
+            found = await asyncio.to_thread(automatic.plan, ask, wish.agents)
         except BadConfig as error:
             return ev.PlanFailed(reason=str(error), **asked)  # type: ignore[arg-type]
-        return ev.PlanReady(choices=choices, **asked)  # type: ignore[arg-type]
+        extra = {
+            "action": "plan",
+            "job": wish.job,
+            "round": wish.round,
+            "reason": wish.reason,
+            "agents": len(found.choices),
+            "left_out": len(found.left_out),
+            "train_s": found.train_s and round(found.train_s, 1),
+            "seconds": round(time.monotonic() - started, 3),
+        }
+        logger.info("round planned", extra=extra)
+        return ev.PlanReady(
+            choices=found.choices,
+            reason=wish.reason,
+            train_s=found.train_s,
+            left_out=found.left_out,
+            notes=found.notes,
+            **asked,  # type: ignore[arg-type]
+        )
 
     async def fold(self, wish: act.Aggregate) -> ev.Aggregated | ev.AggregateFailed:
         """The next version, stored.  A full disk is waited out; whatever else goes wrong is the end of the job."""
@@ -101,13 +138,14 @@ class Work:
     async def judge(self, wish: act.Fetch) -> ev.UpdateStored | ev.UpdateSpoiled:
         """Whether a complete update fits its plan; it counts only then."""
         try:
-            await asyncio.to_thread(self._check, wish)
+            scores = await asyncio.to_thread(self._check, wish)
         except (BadUpdate, OSError) as error:
             self._blobs.delete(wish.offer.blob.sha256)
             return ev.UpdateSpoiled(agent=wish.agent, offer=wish.offer, reason=f"bad update: {error}")
-        return ev.UpdateStored(agent=wish.agent, offer=wish.offer)
+        return ev.UpdateStored(agent=wish.agent, offer=wish.offer, scores=scores)
 
-    def _check(self, wish: act.Fetch) -> None:
+    def _check(self, wish: act.Fetch) -> dict[str, list[float]]:
+        """Raise BadUpdate for an update that does not fit; else what it says about its matrices' importance."""
         offer, kind = wish.offer, methods.load(wish.method, self._config.allow_methods).kind
         if offer.kind != kind:
             raise BadUpdate(f"an update of kind {offer.kind!r} where {kind!r} was planned")
@@ -121,6 +159,7 @@ class Work:
         )
         update.check(wish.ranks, {m.name: (m.d_out, m.d_in) for m in wish.matrices})
         update.check_values()
+        return update.scores
 
     async def export(self, job: JobState, folder: Path) -> None:
         """Write a job's newest version as a PEFT directory; a job without any leaves none."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from fedpipe.figures import plain
+from coordinator.figures import plain
 from protocol.daemon import exit_code
 from protocol.errors import BadConfig, OutsideFault
 
@@ -54,6 +54,8 @@ TokenFile = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="For programs: JSON on stdout.")]
 JobName = Annotated[str, typer.Argument(metavar="JOB", help="The job's name.")]
+plan = typer.Typer(no_args_is_help=True, help="What the planner decided.")
+app.add_typer(plan, name="plan")
 
 DEFAULT_URL = "http://127.0.0.1:8470"
 
@@ -134,6 +136,37 @@ def show(job: JobName, url: Url = DEFAULT_URL, token_file: TokenFile = None, as_
         view, fleet = coordinator.job(job), coordinator.fleet()
     picture = render(view, fleet, view.now, max_agents=1000, max_rounds=1000)
     _print(view, Group(picture, "", versions_table(view.versions)) if view.versions else picture, as_json=as_json)
+
+
+@plan.command("show")
+def show_plan(
+    job: JobName,
+    agent: Annotated[str | None, typer.Option(metavar="ID", help="One agent's plan, with its reasons.")] = None,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the ranks as a picture.")] = None,
+    url: Url = DEFAULT_URL,
+    token_file: TokenFile = None,
+    as_json: Json = False,
+) -> None:
+    """Show who trains what, why, and how well the predictions hold."""
+    from coordinator import plan_svg, plan_text
+
+    with _coordinator(url, token_file) as coordinator:
+        view = coordinator.plan(job)
+    one = plan_text.plan_of(view, agent) if agent else None
+    if svg:
+        _write(svg, plan_svg.document(view, agent))
+    width = _console().width
+    text = plan_text.agent_text(view, agent, width) if agent else plan_text.fleet_text(view, width)
+    _print(one or view, text, as_json=as_json)
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BadConfig(
+            f"{file} cannot be written: {error.strerror or error}; name a file in a folder of yours"
+        ) from None
 
 
 @app.command()

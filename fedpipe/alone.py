@@ -1,8 +1,8 @@
 """What each agent would reach without the federation: the same steps, on its own text only, scored on everybody's.
 
 The comparison that a federation has to win.  It runs the agents' own trainer in the agents' own training child, with the
-same base, ranks, bits, batch and number of steps; only the aggregation is missing.  Possible here because the demo's data lie
-on one machine; a real fleet never could.
+same base and the ranks, bits and batch of the plan that the agent had last, for as many steps as it was given in all rounds;
+only the aggregation is missing.  Possible here because the demo's data lie on one machine; a real fleet never could.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
-from agent.child import Evaluated, Event, Failed, Stepped, Surveyed, TrainTask
+from agent.child import Evaluated, Event, Failed, Stepped, TrainTask
 from agent.data import DataConfig
 from agent.supervisor import ChildConfig, Supervisor
+from coordinator.core.choice import Choice
 from coordinator.core.spec import JobSpec
-from coordinator.planner.fixed import choose
+from coordinator.plan_views import AgentPlan, PlanView
 from protocol.adapters import canonical
 from protocol.errors import Unavailable
-from protocol.messages import Base, Evaluation, Matrix, Plan, Training
+from protocol.messages import Base, Evaluation, Plan, Training
 from protocol.models import write_model
 from protocol.updates import open_update
 
@@ -42,21 +44,40 @@ class Alone(msgspec.Struct, frozen=True, kw_only=True):
         return sum(self.losses.values()) / len(self.losses)
 
 
+def shares_of(plan: PlanView, n_rounds: int) -> dict[str, Choice]:
+    """What each agent of a finished job was asked to do, all rounds as one: its last choice, with the steps of them all."""
+    return {agent: _share_of(found, n_rounds) for agent, found in plan.agents.items()}
+
+
+def _share_of(found: AgentPlan, n_rounds: int) -> Choice:
+    choice = found.choice
+    planned = {share.round: share.planned_samples for share in found.past}  # of a round's attempts the last
+    n_steps = round(sum(planned.values()) / (choice.batch * choice.accumulation)) or choice.n_steps * n_rounds
+    return msgspec.structs.replace(choice, n_steps=n_steps)
+
+
 async def train_alone(
-    spec: JobSpec, base: Path, data: Mapping[str, DataConfig], folder: Path, heard: Step, *, n_parallel: int = 2
+    spec: JobSpec,
+    shares: Mapping[str, Choice],
+    base: Path,
+    data: Mapping[str, DataConfig],
+    folder: Path,
+    heard: Step,
+    *,
+    n_parallel: int = 2,
 ) -> list[Alone]:
-    """Train every agent by itself, `n_parallel` at a time.  Raises Unavailable when a training fails."""
+    """Train every agent that has a share by itself, `n_parallel` at a time.  Raises Unavailable when a training fails."""
     slots = asyncio.Semaphore(n_parallel)
 
     async def one(agent: str) -> Alone:
         async with slots:
-            return await _one(spec, base, data, agent, folder / agent, heard)
+            return await _one(spec, shares[agent], base, data, agent, folder / agent, heard)
 
-    return list(await asyncio.gather(*(one(agent) for agent in data)))
+    return list(await asyncio.gather(*(one(agent) for agent in data if agent in shares)))
 
 
 async def _one(
-    spec: JobSpec, base: Path, data: Mapping[str, DataConfig], agent: str, folder: Path, heard: Step
+    spec: JobSpec, choice: Choice, base: Path, data: Mapping[str, DataConfig], agent: str, folder: Path, heard: Step
 ) -> Alone:
     folder.mkdir(parents=True, exist_ok=True)
     supervisor = Supervisor(ChildConfig(threads=1), log=folder / "training.log")
@@ -79,44 +100,41 @@ async def _one(
         return events
 
     try:
-        surveyed = await run(_plan(spec, agent, "survey", []), agent)
-        matrices = next(e.result.matrices for e in surveyed if isinstance(e, Surveyed))
-        plan = _plan(spec, agent, "train", matrices)
+        plan = _plan(spec, choice, "train")
         await run(plan, agent)
         found = open_update(update, "lora", job=plan.job, round=plan.round, attempt=0, max_bytes=2**40)
         adapter = {name: canonical(found.factors(name)) for name in found.ranks}
         write_model(model, adapter, version=1, dtype="fp32")
         losses = {}
         for other in data:
-            events = await run(_plan(spec, agent, "evaluate", matrices), other, str(model))
+            events = await run(_plan(spec, choice, "evaluate"), other, str(model))
             losses[other] = next(e.result.loss for e in events if isinstance(e, Evaluated))
     finally:
         await supervisor.aclose()
     return Alone(agent=agent, losses=losses)
 
 
-def _plan(spec: JobSpec, agent: str, purpose: str, matrices: list[Matrix]) -> Plan:
+def _plan(spec: JobSpec, choice: Choice, purpose: Literal["train", "evaluate"]) -> Plan:
     """The agent's plan for all rounds at once, or for an evaluation of what came of it."""
-    trains = purpose == "train"
-    choice = choose(spec, agent, matrices) if matrices else None
-    training = spec.train
+    trains, training = purpose == "train", spec.train
     return Plan(
         job="alone",
         round=1,
         attempt=0,
-        purpose=purpose,  # type: ignore[arg-type]
+        purpose=purpose,
         method=spec.job.method,
         base=Base(source=spec.model.source),
         held_out_ratio=spec.evaluate.held_out_ratio,
         data_seed=spec.job.seed,
-        bits=choice.bits if choice else spec.adapter.bits,
+        bits=choice.bits,
         version=0 if trains else 1,
-        ranks=choice.ranks if choice and trains else {},
+        ranks=choice.ranks if trains else {},
         alpha=spec.adapter.alpha,
         train=Training(
-            n_steps=choice.n_steps * spec.round.n_rounds,
+            n_steps=choice.n_steps,
             batch=choice.batch,
             accumulation=choice.accumulation,
+            checkpointing=choice.checkpointing,
             learning_rate=training.learning_rate,
             weight_decay=training.weight_decay,
             max_gradient_norm=training.max_gradient_norm,
@@ -125,7 +143,7 @@ def _plan(spec: JobSpec, agent: str, purpose: str, matrices: list[Matrix]) -> Pl
             packing=training.packing,
             seed=spec.job.seed,
         )
-        if choice and trains
+        if trains
         else None,
         evaluate=None if trains else Evaluation(max_samples=spec.evaluate.max_samples, max_tokens=training.max_tokens),
         update_dtype="fp32",

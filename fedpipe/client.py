@@ -18,6 +18,7 @@ import httpx
 import msgspec
 
 from coordinator.feed import STILL_HERE_S, AnyNews
+from coordinator.plan_views import PlanView
 from coordinator.views import AgentView, FleetView, JobShort, JobView, VersionView
 from protocol.errors import BadConfig, OutsideFault, Unavailable
 
@@ -89,6 +90,10 @@ class Coordinator:
     def versions(self, name: str) -> list[VersionView]:
         """All versions of a job's adapter, oldest first."""
         return self._get(f"/v1/jobs/{_part(name)}/versions", list[VersionView])
+
+    def plan(self, name: str) -> PlanView:
+        """What each agent of a job shall do, and why.  Raises BadConfig while there is no plan."""
+        return self._get(f"/v1/jobs/{_part(name)}/plan", PlanView)
 
     def events(self) -> Iterator[AnyNews]:
         """News as they come, until the coordinator stops; news of a kind that this version does not know are left out."""

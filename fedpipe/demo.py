@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import itertools
 import shutil
 import sys
 import time
@@ -24,9 +25,10 @@ from rich.progress import Progress
 from agent.data import DataConfig
 from coordinator.core.spec import JobSpec
 from coordinator.core.state import ENDED, Phase
+from coordinator.plan_views import PlanView
 from coordinator.views import FleetView, JobView
 from fedpipe import stage
-from fedpipe.alone import Alone, train_alone
+from fedpipe.alone import Alone, shares_of, train_alone
 from fedpipe.broker import embedded_command, free_port, mosquitto_command
 from fedpipe.client import Coordinator
 from fedpipe.cluster import Cluster, port_open
@@ -48,10 +50,11 @@ LOST_S: Final = 120.0
 
 
 class End(NamedTuple):
-    """How the job ended: what the API last said, and what happened to the processes."""
+    """How the job ended: what the API last said (no plan unless it is completed), and what happened to the processes."""
 
     job: JobView
     fleet: FleetView
+    plan: PlanView | None
     notes: list[tuple[float, str]]
 
 
@@ -75,16 +78,16 @@ def _run(options: DemoOptions, console: Console) -> int:
     text, spec = stage.job_file(options, base, data)
     (options.out / "job.toml").write_text(text, encoding="utf-8")
     end = asyncio.run(_federate(options, console, spec, text, base, data))
-    if end.job.phase is not Phase.COMPLETED:
+    if end.plan is None:
         raise Unavailable(f"the job ended as {end.job.text}; the logs are below {options.out / 'run'}")
     adapter = _take_adapter(options)
     with stage.progress_bar(console) as bar, stage.hushed(log):
-        alone = asyncio.run(_compare(options, spec, base, data, bar))
+        alone = asyncio.run(_compare(options, spec, end.plan, base, data, bar))
         task = bar.add_task("completing three held-out prompts", total=1)
         samples = complete(base, adapter, data, spec.job.seed, spec.evaluate.held_out_ratio)
         bar.update(task, completed=1)
     wall_s = time.monotonic() - began
-    report = summarise(options, spec, end.job, alone, samples, end.notes, adapter, wall_s)
+    report = summarise(options, end.job, end.plan, alone, samples, end.notes, adapter, wall_s)
     files = write_report(report, options.out)
     picture = _picture(options, end, report)
     if options.json:
@@ -119,15 +122,18 @@ async def _federate(
         url = await _broker(options, cluster)
         port = free_port()
         await cluster.add_daemon("coordinator", "coordinator", _coordinator_config(cluster, url, port))
-        for agent, found in data.items():
-            await cluster.add_daemon("agent", agent, _agent_config(cluster, url, agent, found, base))
+        for (agent, found), limits in zip(data.items(), itertools.cycle(stage.VARIETY), strict=False):
+            config = _agent_config(cluster, url, agent, found, base) | {"limits": limits}
+            await cluster.add_daemon("agent", agent, config)
         await port_open("127.0.0.1", port, START_S, "the coordinator")
         with Coordinator(f"http://127.0.0.1:{port}") as client:
             await asyncio.to_thread(client.submit, text)
             job, fleet = await _watch(client, cluster, console, spec, quiet=options.json)
+            plan = None
             if job.phase is Phase.COMPLETED:
                 await asyncio.to_thread(client.adapter, stage.JOB, None, options.out / "adapter.tar")
-        return End(job, fleet, list(cluster.notes))
+                plan = await asyncio.to_thread(client.plan, stage.JOB)
+        return End(job, fleet, plan, list(cluster.notes))
     finally:
         await cluster.stop()
 
@@ -232,12 +238,13 @@ def _take_adapter(options: DemoOptions) -> Path:
 
 
 async def _compare(
-    options: DemoOptions, spec: JobSpec, base: Path, data: Mapping[str, DataConfig], bar: Progress
+    options: DemoOptions, spec: JobSpec, plan: PlanView, base: Path, data: Mapping[str, DataConfig], bar: Progress
 ) -> list[Alone]:
     """What each agent reaches alone, for the same steps."""
-    tasks = {agent: bar.add_task(f"for comparison: {agent} alone", total=None) for agent in data}
+    shares = shares_of(plan, spec.round.n_rounds)
+    tasks = {agent: bar.add_task(f"for comparison: {agent} alone", total=None) for agent in shares}
 
     def heard(agent: str, step: int, of: int) -> None:
         bar.update(tasks[agent], completed=step, total=of)
 
-    return await train_alone(spec, base, data, options.out / "run" / "alone", heard)
+    return await train_alone(spec, shares, base, data, options.out / "run" / "alone", heard)

@@ -20,8 +20,10 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.core.state import Phase, RoundRecord
-from coordinator.views import FleetView, JobView, MemberView, ShareView, mean_loss
-from fedpipe.figures import duration_text, loss_text, plain, size_text, sparkline
+from coordinator.figures import duration_text, loss_text, plain, share_text, size_text, sparkline
+from coordinator.plan_views import fleet_under_training, round_under_training
+from coordinator.views import AgentView, FleetView, JobView, MemberView, ShareView, mean_loss
+from protocol.messages import Progress
 
 BAR_COLUMNS: Final = 16
 WIDTHS: Final = {"loss": 5, "up": 6, "down": 6, "time": 5}
@@ -35,6 +37,8 @@ COLOURS: Final = {
     "TRAINING": "cyan",
     "UPLOADING": "blue",
     "PREPARING": "cyan",
+    "calibrating": "cyan",
+    "PAUSED": "yellow",
     "DONE": "green",
     "FAILED": "red",
     "REJECTED": "red",
@@ -44,7 +48,7 @@ COLOURS: Final = {
     "offline": "red",
 }
 PHASE_COLOURS: Final = {Phase.COMPLETED: "green", Phase.FAILED: "red", Phase.CANCELLED: "yellow"}
-BUSY: Final = ("TRAINING", "UPLOADING", "PREPARING")
+BUSY: Final = ("TRAINING", "UPLOADING", "PREPARING", "PAUSED", "calibrating")
 BAD_ENDS: Final = frozenset({"FAILED", "REJECTED", "TIMED_OUT", "CANCELLED"})
 
 
@@ -73,7 +77,7 @@ def render(
     parts: list[RenderableType] = [head(job, fleet, now), Text(), agents_table(rows, max_agents)]
     if job.history:
         parts += [Text(), rounds_table(job, max_rounds)]
-    if found := notes(rows, fleet):
+    if found := notes(rows, fleet, job):
         parts += [Text(), *found]
     return Group(*parts)
 
@@ -143,8 +147,7 @@ def agent_rows(job: JobView, fleet: FleetView) -> Iterator[Row]:
         elif job.ended_at and last and agent in last.shares:
             row = _ended_row(agent, last)
         else:
-            progress = busy.get(agent)
-            row = _idle_row(agent, member, progress.phase if progress else "")
+            row = _idle_row(agent, member, busy.get(agent))
         row = row._replace(held_out=held_out)
         if agent in away and not job.ended_at:
             state = "offline" if row.state == "idle" else row.state
@@ -154,7 +157,9 @@ def agent_rows(job: JobView, fleet: FleetView) -> Iterator[Row]:
 
 def _share_row(agent: str, share: ShareView) -> Row:
     progress = share.progress
-    done, total, figure = 0.0, 1.0, ""
+    done, total, figure, state = 0.0, 1.0, "", share.state
+    if progress and progress.phase == "paused" and state in {"PREPARING", "TRAINING"}:
+        state = "PAUSED"
     match share.state:
         case "DONE":
             done, figure = 1.0, "done"
@@ -162,11 +167,11 @@ def _share_row(agent: str, share: ShareView) -> Row:
             done, total, figure = share.bytes_up, share.size_up, f"{share.bytes_up / share.size_up:.0%} sent"
         case "TRAINING" if progress and progress.n_steps:
             done, total, figure = progress.step, progress.n_steps, f"{progress.step}/{progress.n_steps}"
-        case state if progress and state in BUSY:
+        case "PREPARING" | "UPLOADING" | "TRAINING" if progress and state != "PAUSED":
             figure = progress.phase
     return Row(
         agent=agent,
-        state=share.state,
+        state=state,
         done=done,
         total=total,
         figure=figure,
@@ -197,12 +202,15 @@ def _ended_row(agent: str, record: RoundRecord) -> Row:
     )
 
 
-def _idle_row(agent: str, member: MemberView, phase: str) -> Row:
+def _idle_row(agent: str, member: MemberView, progress: Progress | None) -> Row:
     if member.excluded:
         return Row(agent, "out", note=member.excluded)
     if member.survey in {"", "DONE"}:
         return Row(agent, "idle")
-    return Row(agent, "survey", figure=phase)
+    if progress and progress.phase == "calibrating" and progress.n_steps:
+        figure = f"{progress.step}/{progress.n_steps}"
+        return Row(agent, "calibrating", done=progress.step, total=progress.n_steps, figure=figure)
+    return Row(agent, "survey", figure=progress.phase if progress else "")
 
 
 def agents_table(rows: list[Row], max_agents: int) -> RenderableType:
@@ -256,6 +264,7 @@ def _table() -> Table:
 def rounds_table(job: JobView, max_rounds: int) -> Table:
     """The last ended rounds.  Held-out is the mean over the agents that measured the round's result, which is one round later."""
     table = _table()
+    so_far = fleet_under_training(job.history)
     for name, justify in (
         ("round", "right"),
         ("outcome", "left"),
@@ -268,8 +277,13 @@ def rounds_table(job: JobView, max_rounds: int) -> Table:
         ("held-out", "right"),
     ):
         table.add_column(name, justify=justify, no_wrap=name != "outcome", max_width=36)  # type: ignore[arg-type]
+    if so_far is not None:
+        table.add_column("undone", justify="right", no_wrap=True)
+        table.caption = Text(f"undone: under-training, {share_text(so_far)} of all planned samples so far")
+        table.caption_justify = "left"
     for record in job.history[-max_rounds:]:
-        table.add_row(*round_cells(job, record))
+        undone = round_under_training(record) if record.purpose == "train" else None
+        table.add_row(*round_cells(job, record), "" if undone is None else share_text(undone))
     return table
 
 
@@ -295,9 +309,18 @@ def round_cells(job: JobView, record: RoundRecord) -> Iterator[RenderableType]:
 # --------------------------------------------------------------------------------------------------------------- notes
 
 
-def notes(rows: list[Row], fleet: FleetView) -> list[Text]:
-    """What needs a person's eye: no broker, agents that are out, gone or failed, with the reason."""
+def notes(rows: list[Row], fleet: FleetView, job: JobView) -> list[Text]:
+    """What needs a person's eye: no broker; agents that are out, gone, failed, paused or not measured, with the reason."""
     lines = [] if fleet.broker.connected else [f"no broker: {fleet.broker.fault}"]
     lines += [f"{r.agent}: {r.note}" for r in rows if r.note and (r.state in BAD_ENDS | {"out"} or "offline" in r.note)]
+    if not job.ended_at:
+        lines += [f"{a.id}: paused: {why}" for a in fleet.agents if a.id in job.members and (why := paused(a))]
+    lines += [f"{a}: not calibrated: {m.uncalibrated}" for a, m in sorted(job.members.items()) if m.uncalibrated]
     more = [f"and {len(lines) - MAX_NOTES} more"] if len(lines) > MAX_NOTES else []
     return [Text(plain(line), style="yellow", no_wrap=True, overflow="ellipsis") for line in lines[:MAX_NOTES] + more]
+
+
+def paused(agent: AgentView) -> str:
+    """Why this agent may not train now, in its owner's words; empty when it may."""
+    allowance = agent.report.allowance if agent.report and agent.online else None
+    return allowance.paused if allowance else ""

@@ -14,6 +14,8 @@ from typing import Final
 
 import msgspec
 
+from coordinator.plan_views import PlanView, under_training
+
 PACKAGES: Final = ("fedpipe", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "numpy", "aiomqtt")
 
 
@@ -22,12 +24,13 @@ class Fact(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Participant(Fact, frozen=True, kw_only=True):
-    """One agent: how much text it holds and how it trained."""
+    """One agent: how much text it holds and how it trained last; `rank` is the mean over the matrices that it trained."""
 
     n_train: int = 0
     n_held_out: int = 0
     bits: str = ""
-    rank: int = 0
+    n_matrices: int = 0
+    rank: float = 0.0
 
 
 class Eval(Fact, frozen=True, kw_only=True):
@@ -74,6 +77,7 @@ class AgentRound(Fact, frozen=True, kw_only=True):
     bytes_down: int = 0
     train_s: float = 0.0
     wall_s: float = 0.0
+    planned_samples: int = 0
 
 
 class RoundOutcome(Fact, frozen=True, kw_only=True):
@@ -89,6 +93,11 @@ class RoundOutcome(Fact, frozen=True, kw_only=True):
     outcome: str = ""
     agents: dict[str, AgentRound] = {}
     held_out: dict[str, float] = {}
+
+    @property
+    def under_training(self) -> float | None:
+        """1 - processed / planned samples; None where nothing was planned."""
+        return under_training((a.samples, a.planned_samples) for a in self.agents.values())
 
 
 class Sample(Fact, frozen=True, kw_only=True):
@@ -133,6 +142,7 @@ class Report(Fact, frozen=True, kw_only=True):
     samples: list[Sample] = []
     events: list[Note] = []
     adapter: str = ""
+    plan: PlanView | None = None
     versions: dict[str, str] = msgspec.field(default_factory=versions)
 
     @property

@@ -16,8 +16,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from coordinator.figures import duration_text, error_text, loss_text, share_text, size_text, step_text
+from coordinator.plan_svg import STYLE, agent_svg
+from coordinator.plan_text import agent_facts, plan_line
+from coordinator.plan_views import under_training
 from fedpipe import plots
-from fedpipe.figures import duration_text, loss_text, size_text
 from fedpipe.outcome import AgentRound, Eval, Note, Participant, Report, RoundOutcome, Sample
 
 __all__ = [
@@ -33,6 +36,8 @@ __all__ = [
     "write_report",
 ]
 
+MAX_HEAT_MAPS: Final = 24
+"""Beyond that nobody compares them by eye."""
 TEMPLATES: Final = Path(__file__).parent / "templates"
 COLOURS: Final = ("bright_blue", "bright_yellow", "bright_green", "bright_magenta", "bright_red", "bright_cyan")
 """The terminal's own, so that its theme decides; the mean has the colour of its text."""
@@ -70,11 +75,23 @@ def page(report: Report) -> str:
     loader = jinja2.FileSystemLoader(TEMPLATES)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"loss": loss_text, "size": size_text, "clock": duration_text, "change": change_text}
+    environment.filters |= {"step": step_text, "percent": share_text, "error": error_text}
+    environment.filters["line"] = plan_line
+    environment.filters["undone"] = lambda share: under_training([(share.samples, share.planned_samples)])
+    environment.filters["facts"] = agent_facts
     environment.filters["reasons"] = lambda agents: [a.reason for a in agents.values() if a.reason]
     pictures = {title: Markup(picture) for title, picture in plots.drawings(report).items()}  # noqa: S704 - our own SVG
+    shown = list(report.plan.agents)[:MAX_HEAT_MAPS] if report.plan and report.plan.matrices else []
+    ranks = {agent: Markup(agent_svg(report.plan, agent)) for agent in shown if report.plan}  # noqa: S704 - our own SVG
     load = LOAD.format(base=report.model, adapter=report.adapter)
     return environment.get_template("report.html").render(
-        report=report, pictures=pictures, verdict=verdict(report), colours=plots.colours(report.names), load=load
+        report=report,
+        pictures=pictures,
+        ranks=ranks,
+        heat_style=Markup(STYLE),  # noqa: S704 - our own CSS
+        verdict=verdict(report),
+        colours=plots.colours(report.names),
+        load=load,
     )
 
 

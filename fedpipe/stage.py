@@ -28,12 +28,12 @@ JOB: Final = "demo"
 N_PAIRS: Final = 3000
 HELD_OUT_RATIO: Final = 0.08
 
-VARIETY: Final = [
-    {"rank": 8, "bits": "nf4"},
-    {"rank": 16, "bits": "int8"},
-    {"rank": 4, "bits": "nf4"},
+VARIETY: Final[list[dict[str, object]]] = [
+    {},
+    {"max_rank": 8, "max_batch": 8},
+    {"bits": ["nf4"]},
 ]
-"""No two servers are alike, so neither are the demo's agents."""
+"""No two servers are alike, so neither are the limits of the demo's agents: all it has, little memory, only a 4-bit base."""
 
 
 def private_text(options: DemoOptions, bar: Progress) -> dict[str, DataConfig]:
@@ -113,16 +113,13 @@ def hushed(log: Path) -> Iterator[None]:
 
 
 def job_file(options: DemoOptions, base: Path, agents: Mapping[str, DataConfig]) -> tuple[str, JobSpec]:
-    """The job as a TOML file that a user could have written, and what it means."""
-    chosen = {} if options.model != "auto" else dict(zip(agents, VARIETY * len(agents), strict=False))
+    """The job as a TOML file that a user could have written, and what it means.  What it leaves open is planned."""
     small = options.model == "auto"
     table = {
         "job": {"name": JOB, "seed": options.seed},
         "model": {"source": str(base)},
-        "adapter": {"targets": ["all"], "rank": 8, "max_rank": 32, "bits": "nf4"},
+        "adapter": {"max_rank": 32},
         "train": {
-            "n_steps": 40,
-            "batch": 16 if small else 4,
             "learning_rate": 3e-3 if small else 2e-4,
             "max_tokens": 96 if small else 512,
         },
@@ -131,13 +128,12 @@ def job_file(options: DemoOptions, base: Path, agents: Mapping[str, DataConfig])
             "start_agents": len(agents),
             "start_wait_s": 120.0,
             "min_agents": max(1, min(2, len(agents))),
-            "train_s": 90.0 if small else 1800.0,
             "grace_s": 30.0,
             "offline_grace_s": 25.0,
-            "survey_s": 120.0 if small else 1800.0,
+            "survey_s": 240.0 if small else 1800.0,
         },
+        "plan": {"calibrate_s": 90.0 if small else 600.0, "max_train_s": 30.0 if small else 1800.0},
         "evaluate": {"held_out_ratio": HELD_OUT_RATIO, "max_samples": 200},
-        "agents": chosen,
     }
     text = tomli_w.dumps(table)
     return text, parse_job(text, "the demo's job file")

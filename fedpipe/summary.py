@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
-from coordinator.core.spec import JobSpec
 from coordinator.core.state import RoundRecord, ShareRecord
+from coordinator.plan_views import PlanView
 from coordinator.views import JobView
 from fedpipe.alone import Alone
 from fedpipe.demo_options import DemoOptions
@@ -16,8 +17,8 @@ from protocol.errors import Unavailable
 
 def summarise(
     options: DemoOptions,
-    spec: JobSpec,
     job: JobView,
+    plan: PlanView,
     alone: Sequence[Alone],
     samples: Sequence[Sample],
     notes: Sequence[tuple[float, str]],
@@ -37,11 +38,12 @@ def summarise(
         broker=options.broker,
         wall_s=wall_s,
         eval=Eval.of(base, final, {one.agent: one.losses for one in alone}),
-        agents=_participants(spec, job),
+        agents=_participants(job, plan),
         rounds=[_round(record, began_at, job) for record in trained],
         samples=list(samples),
         events=[Note(at_s=at_s, text=text) for at_s, text in notes],
         adapter=str(adapter),
+        plan=plan,
     )
 
 
@@ -49,18 +51,15 @@ def _losses(job: JobView, version: int) -> dict[str, float]:
     return {agent: found.loss for agent, found in job.evaluations.get(version, {}).items()}
 
 
-def _participants(spec: JobSpec, job: JobView) -> dict[str, Participant]:
-    chosen: Mapping[str, tuple[str, int]] = {
-        agent: (
-            (own.bits if own else None) or spec.adapter.bits,
-            (own.rank if own else None) or spec.adapter.rank,
-        )
-        for agent in job.members
-        for own in [spec.agents.get(agent)]
-    }
+def _participants(job: JobView, plan: PlanView) -> dict[str, Participant]:
+    chosen = {agent: found.choice for agent, found in plan.agents.items()}
     return {
         agent: Participant(
-            n_train=member.n_train, n_held_out=member.n_eval, bits=chosen[agent][0], rank=chosen[agent][1]
+            n_train=member.n_train,
+            n_held_out=member.n_eval,
+            bits=chosen[agent].bits if agent in chosen else "",
+            n_matrices=len(chosen[agent].ranks) if agent in chosen else 0,
+            rank=fmean(chosen[agent].ranks.values()) if agent in chosen and chosen[agent].ranks else 0.0,
         )
         for agent, member in job.members.items()
     }
@@ -89,4 +88,5 @@ def _share(share: ShareRecord) -> AgentRound:
         bytes_down=share.bytes_down,
         train_s=share.train_s,
         wall_s=share.wall_s,
+        planned_samples=share.planned_samples,
     )

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
+from coordinator.figures import duration_text, loss_text, plain, size_text
 from coordinator.views import AgentView, JobShort, VersionView
-from fedpipe.figures import duration_text, loss_text, plain, size_text
-from fedpipe.live import PHASE_COLOURS
+from fedpipe.live import PHASE_COLOURS, paused
 from protocol.messages import Report
 
 
@@ -37,12 +37,14 @@ def jobs_table(jobs: Sequence[JobShort], now: float) -> Table:
 def agents_table(agents: Sequence[AgentView], now: float) -> Table:
     """One line per agent.  `now` is the coordinator's clock."""
     right = ("since", "cpus", "memory", "disk")
-    table = _table("agent", "state", "since", "works on", "gpu", "cpus", "memory", "disk", right=right)
+    table = _table("agent", "state", "since", "works on", "may take", "gpu", "cpus", "memory", "disk", right=right)
     for agent in agents:
         state = Text("online", style="green") if agent.online else Text("offline", style="red")
         if agent.reason:
             state.append(f": {plain(agent.reason)}", style="dim")
-        figures = _figures(agent.report) if agent.report else ("", "", "", "")
+        if why := paused(agent):
+            state.append(f", paused: {plain(why)}", style="yellow")
+        figures = _figures(agent.report) if agent.report else ("", "", "", "", "")
         since = duration_text(now - agent.since) if agent.since else ""
         table.add_row(Text(agent.id, style="bold"), state, since, Text(_work(agent)), *map(Text, figures))
     return table
@@ -56,12 +58,14 @@ def _work(agent: AgentView) -> str:
     return f"{agent.task}: {plain(progress.phase)}{step}"
 
 
-def _figures(report: Report) -> tuple[str, str, str, str]:
+def _figures(report: Report) -> tuple[str, str, str, str, str]:
     gpus = ", ".join(
         f"{plain(g.name)} {size_text(g.free_bytes)} free of {size_text(g.total_bytes)}" for g in report.gpus
     )
     memory = f"{size_text(report.ram_available_bytes)} of {size_text(report.ram_total_bytes)}"
-    return gpus or "none", str(report.n_cpus), memory, size_text(report.disk_free_bytes)
+    allowed = report.allowance
+    may = f"{size_text(allowed.memory_bytes) or 'nothing'} of {plain(allowed.device)}" if allowed else ""
+    return may, gpus or "none", str(report.n_cpus), memory, size_text(report.disk_free_bytes)
 
 
 def versions_table(versions: Sequence[VersionView]) -> Table:

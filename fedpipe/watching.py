@@ -15,9 +15,9 @@ from rich.text import Text
 
 from coordinator.core.state import ENDED
 from coordinator.feed import AnyNews, JobMoved, Listening, Missed
+from coordinator.figures import plain
 from coordinator.views import FleetView, JobView
 from fedpipe.client import Coordinator
-from fedpipe.figures import plain
 from fedpipe.live import render
 from protocol.errors import Unavailable
 

@@ -86,6 +86,8 @@ class Offer(Message, frozen=True, kw_only=True, tag="offer"):
     samples: Count
     loss: float | None = None
     train_s: Seconds = 0.0
+    steps: Count = 0
+    peak_bytes: Count = 0
     bytes_down: Count = 0
     stopped: Text = ""
 
@@ -140,6 +142,20 @@ class Gpu(Value, frozen=True, kw_only=True):
     ecc_errors: Count = 0
 
 
+class Allowance(Value, frozen=True, kw_only=True):
+    """What the server's owner lets fedpipe take at this moment: the configured limits, applied to what is free.
+
+    Fields: device that trains ("cpu", or the name of the GPU); memory_bytes of that device that the training child may hold
+    in all, what it holds now included; the largest rank and micro-batch; paused says why nothing may be trained now.
+    """
+
+    device: Annotated[str, Meta(max_length=200)] = "cpu"
+    memory_bytes: Count = 0
+    max_rank: Rank = 1024
+    max_batch: Annotated[int, Meta(ge=1, le=4096)] = 4096
+    paused: Text = ""
+
+
 class Report(Message, frozen=True, kw_only=True, tag="report"):
     """What this server could give to training right now (retained; sent on change and slowly)."""
 
@@ -153,6 +169,7 @@ class Report(Message, frozen=True, kw_only=True, tag="report"):
     up_bytes_per_s: Annotated[float, Meta(ge=0, le=10**15)] = 0.0
     down_bytes_per_s: Annotated[float, Meta(ge=0, le=10**15)] = 0.0
     bits: Annotated[list[Bits], Meta(max_length=3)] = []
+    allowance: Allowance | None = None
     notes: Annotated[list[Text], Meta(max_length=16)] = []
 
 
@@ -206,6 +223,20 @@ class Matrix(Value, frozen=True, kw_only=True):
     d_in: Annotated[int, Meta(ge=1, le=2**24)]
 
 
+class Dimensions(Value, frozen=True, kw_only=True):
+    """A decoder's sizes, as the memory formula wants them (protocol/memory.py).
+
+    Fields: width of the residual stream, of the MLP and of keys and values; n_other parameters outside the blocks' matrices.
+    """
+
+    hidden: Count
+    mlp: Count
+    key_value: Count
+    vocabulary: Count
+    n_layers: Count
+    n_other: Count
+
+
 class Surveyed(Value, frozen=True, kw_only=True):
     """Answer to a survey: what the agent found when it opened its base model and its data."""
 
@@ -213,6 +244,56 @@ class Surveyed(Value, frozen=True, kw_only=True):
     matrices: Annotated[list[Matrix], Meta(min_length=1, max_length=MAX_MATRICES)]
     n_train: Count
     n_eval: Count
+    dimensions: Dimensions | None = None
+
+
+class Shape(Value, frozen=True, kw_only=True):
+    """What a micro-batch of `batch` samples of the agent's own text weighs: tokens with padding, on average and at most."""
+
+    batch: Annotated[int, Meta(ge=1, le=4096)]
+    mean_tokens: Annotated[float, Meta(ge=0, le=10**10)]
+    max_tokens: Count
+
+
+class Point(Value, frozen=True, kw_only=True):
+    """One configuration that was really run for a few steps on the real base model.
+
+    Trainable adapters of `rank` sat on every matrix of the blocks from number `skip` on, a frozen one of `frozen_rank` on
+    every matrix; `n_tokens` is the padded size of the micro-batches on average, max_tokens of the largest (0: all alike).
+    step_s is one optimizer step of one micro-batch; peak_bytes as in Finished (agent/child.py).
+    """
+
+    bits: Bits
+    batch: Annotated[int, Meta(ge=1, le=4096)]
+    n_tokens: Annotated[float, Meta(ge=1, le=10**10)]
+    rank: Annotated[int, Meta(ge=0, le=1024)]
+    skip: Count = 0
+    frozen_rank: Annotated[int, Meta(ge=0, le=1024)] = 0
+    checkpointing: bool = False
+    step_s: Annotated[float, Meta(gt=0, le=10**6)]
+    peak_bytes: Count
+    max_tokens: Count = 0
+
+
+class Calibrated(Value, frozen=True, kw_only=True):
+    """What the agent measured about the base model on its own device and text, so that the planner need not guess.
+
+    Fields: device and compute type that were used; scores of the rank-1 triplets of every matrix, float32 little endian,
+    (n_matrices, probe_rank) in the order of Surveyed.matrices, each row descending; noise_scale of the gradient in samples
+    (McCandlish et al., 2018); shapes of micro-batches; points that were run; held-out loss of the base by width; seconds that
+    all this took (0 if it was remembered from before); notes say what was left out and why.
+    """
+
+    device: Annotated[str, Meta(max_length=200)]
+    compute: Literal["fp32", "bf16"] = "fp32"
+    probe_rank: Rank
+    scores: Annotated[bytes, Meta(max_length=4 * 2**20)]
+    noise_scale: Annotated[float, Meta(ge=0, le=10**9)] = 0.0
+    shapes: Annotated[list[Shape], Meta(max_length=32)] = []
+    points: Annotated[list[Point], Meta(max_length=128)] = []
+    losses: dict[Bits, Annotated[float, Meta(ge=0, le=10**9)]] = {}
+    seconds: Seconds = 0.0
+    notes: Annotated[list[Text], Meta(max_length=16)] = []
 
 
 class Evaluated(Value, frozen=True, kw_only=True):
@@ -235,6 +316,7 @@ class Execution(Message, frozen=True, kw_only=True, tag="exec"):
     state: ExecState
     reason: Text = ""
     surveyed: Surveyed | None = None
+    calibrated: Calibrated | None = None
     evaluated: Evaluated | None = None
 
 
@@ -274,6 +356,30 @@ class Evaluation(Value, frozen=True, kw_only=True):
     """Where examples are cut; the same in every round, or versions would be measured on different text."""
 
 
+class Calibration(Value, frozen=True, kw_only=True):
+    """What a survey shall also measure; an agent ends it by itself after `max_s` with what it has by then.
+
+    Fields: how matrices are scored, with which probe rank, on how many mini-batches, after how many warm-up steps (only the
+    triplet scorer needs them); widths of the base and batches that are open to the planner; how samples become tokens.
+    """
+
+    scorer: Literal["gradient", "triplet"] = "gradient"
+    probe_rank: Annotated[int, Meta(ge=1, le=64)] = 8
+    n_batches: Annotated[int, Meta(ge=1, le=10_000)] = 8
+    warmup_steps: Annotated[int, Meta(ge=0, le=10_000)] = 24
+    bits: Annotated[list[Bits], Meta(min_length=1, max_length=3)] = msgspec.field(
+        default_factory=lambda: ["none", "int8", "nf4"]
+    )
+    batches: Annotated[list[Annotated[int, Meta(ge=1, le=4096)]], Meta(min_length=1, max_length=16)] = msgspec.field(
+        default_factory=lambda: [1, 2, 4, 8, 16, 32]
+    )
+    learning_rate: Annotated[float, Meta(gt=0, le=10)] = 2e-4
+    max_tokens: Annotated[int, Meta(ge=8, le=2**20)] = 512
+    packing: bool = False
+    seed: Count = 0
+    max_s: Annotated[float, Meta(gt=0, le=10**6)] = 120.0
+
+
 class Plan(Message, frozen=True, kw_only=True, tag="plan"):
     """One agent's share of one round, complete: an agent needs nothing else to do it.
 
@@ -296,7 +402,10 @@ class Plan(Message, frozen=True, kw_only=True, tag="plan"):
     ranks: Annotated[dict[Name, Rank], Meta(max_length=MAX_MATRICES)] = {}
     alpha: Annotated[float, Meta(gt=0, le=1024)] = 2.0
     train: Training | None = None
+    predicted_bytes: Count = 0
+    """Peak memory that the planner expects of this share; 0 when it did not plan it."""
     evaluate: Evaluation | None = None
+    calibration: Calibration | None = None
     update_dtype: Wire = "bf16"
     max_update_bytes: Count = 0
     issued_at: Instant

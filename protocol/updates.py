@@ -1,6 +1,7 @@
 """Update files: what an agent hands in after a round, as a stream of msgpack objects that any msgpack reader can follow.
 
-    {v, kind: "lora", job, round, attempt, dtype, matrices: [[name, rank, d_out, d_in], ...]}      the header, one map
+    {v, kind, job, round, attempt, dtype, matrices: [[name, rank, d_out, d_in], ...],              the header, one map
+     scores: [[float, ...], ...] (optional: importance of the rank-1 triplets of each matrix, descending)}
     [A bytes, B bytes]                                                    one record per matrix, in the header's order
 
 The lengths in a record always take the five bytes of msgpack's bin 32, so every record's place follows from the header.
@@ -12,9 +13,10 @@ a fault is a BadUpdate that names the matrix.  A flipped bit inside a value is t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Final, Literal, TypeAlias
 
 import numpy as np
@@ -24,25 +26,34 @@ from protocol import files, manifest, tensors
 from protocol.adapters import Adapter, Factors
 from protocol.errors import BadUpdate
 from protocol.manifest import Entries, Entry, Header
-from protocol.messages import Count, Wire
+from protocol.messages import MAX_MATRICES, Count, Wire
 
 _FRAME_BYTES: Final = 1 + 5 + 5
 
 
-class LoraHeader(Header, frozen=True, kw_only=True):
-    """First object of an update of kind `lora`.  The scale alpha / r is already inside B: the delta is B A."""
+Kind = Literal["lora", "lora-values"]
+"""What the factors are: a change to the version received, or (baselines) the adapter itself after training."""
 
-    kind: Literal["lora"]
+
+Scores = Annotated[list[Annotated[float, Meta(ge=0, le=1e30)]], Meta(max_length=64)]
+
+
+class LoraHeader(Header, frozen=True, kw_only=True):
+    """First object of an update in low-rank factors.  The scale alpha / r is already inside B: the delta is B A."""
+
+    kind: Kind
     job: Annotated[str, Meta(max_length=64)]
     round: Count
     attempt: Count
     dtype: Wire
     matrices: Entries
+    scores: Annotated[list[Scores], Meta(max_length=MAX_MATRICES)] = []
+    """By matrix, in the order of `matrices`, or none at all."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoraUpdate:
-    """An update of kind `lora` on disk.  Holds the header and the places, no file descriptor and no values."""
+    """An update in low-rank factors on disk.  Holds the header and the places, no file descriptor and no values."""
 
     path: Path
     header: LoraHeader
@@ -55,6 +66,8 @@ class LoraUpdate:
         size = _size_within(path, max_bytes)
         header, end = manifest.read_header(path, LoraHeader)
         manifest.check_sorted(header.matrices)
+        if header.scores and len(header.scores) != len(header.matrices):
+            raise BadUpdate(f"{len(header.scores)} lists of scores for {len(header.matrices)} matrices")
         places: dict[str, tuple[Entry, int]] = {}
         for entry in header.matrices:
             places[entry.name] = entry, end
@@ -67,6 +80,12 @@ class LoraUpdate:
     def ranks(self) -> dict[str, int]:
         """Rank of every matrix in the file; 0 for a matrix that was trained and did not move."""
         return {entry.name: entry.rank for entry in self.header.matrices}
+
+    @property
+    def scores(self) -> dict[str, list[float]]:
+        """What the agent measured on the way about the importance of rank-1 triplets, descending; {} if it did not."""
+        found = zip(self.header.matrices, self.header.scores, strict=False)  # one for each, or none
+        return {entry.name: sorted(scores, reverse=True) for entry, scores in found if scores}
 
     def check(self, ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> None:
         """Raises BadUpdate naming the first matrix that differs from the plan.
@@ -109,11 +128,13 @@ Update: TypeAlias = LoraUpdate
 def open_update(path: Path, kind: str, *, job: str, round: int, attempt: int, max_bytes: int) -> Update:  # noqa: A002
     """Open an update of `kind` that must belong to this job, round and attempt.  Raises BadUpdate, OSError."""
     match kind:
-        case "lora":
+        case "lora" | "lora-values":
             update = LoraUpdate.open(path, max_bytes=max_bytes)
         case _:
             raise BadUpdate(f"no reader for updates of kind {kind[:64]!r}: upgrade this side")
     header = update.header
+    if header.kind != kind:
+        raise BadUpdate(f"an update of kind {header.kind!r} offered as {kind!r}")
     if (header.job, header.round, header.attempt) != (job, round, attempt):
         raise BadUpdate(
             f"update of {header.job} round {header.round}.{header.attempt} offered as {job} round {round}.{attempt}"
@@ -121,20 +142,33 @@ def open_update(path: Path, kind: str, *, job: str, round: int, attempt: int, ma
     return update
 
 
-def write_update(path: Path, adapter: Adapter, *, job: str, round: int, attempt: int, dtype: Wire) -> int:  # noqa: A002
-    """Write `adapter` as an update of kind `lora` and return its size in bytes; on disk when this returns.
+def write_update(
+    path: Path,
+    adapter: Adapter,
+    *,
+    job: str,
+    round: int,  # noqa: A002
+    attempt: int,
+    dtype: Wire,
+    kind: Kind = "lora",
+    scores: Mapping[str, Sequence[float]] = MappingProxyType({}),
+) -> int:
+    """Write `adapter` as an update of `kind`, with the scores of some of its matrices, and return its size in bytes.
+
+    On disk when this returns.
 
     Raises BadUpdate, and leaves `path` as it was, when a value is not finite in `dtype`: training diverged, or fp16 is too
     narrow for it.
     """
     header = LoraHeader(
         v=manifest.VERSION,
-        kind="lora",
+        kind=kind,
         job=job,
         round=round,
         attempt=attempt,
         dtype=dtype,
         matrices=manifest.entries_of(adapter),
+        scores=[[float(score) for score in scores.get(name, ())] for name in sorted(adapter)] if scores else [],
     )
     with files.replacing(path) as file:
         file.write(manifest.pack_header(header))

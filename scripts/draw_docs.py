@@ -144,6 +144,8 @@ def words(kind: mi.Type) -> str:
             return _PATTERNS[pattern]
         case mi.StrType():
             return f"text{_length(kind)}"
+        case mi.BytesType():
+            return f"bytes{_length(kind)}"
         case mi.ListType(item_type=item):
             return f"list{_length(kind)}: {words(item)}"
         case mi.TupleType(item_types=items):
@@ -171,7 +173,7 @@ def _bounds(kind: mi.IntType | mi.FloatType) -> str:
     return "".join(f" {bound}" for bound in (low, high) if bound)
 
 
-def _length(kind: mi.StrType | mi.ListType | mi.DictType) -> str:
+def _length(kind: mi.StrType | mi.BytesType | mi.ListType | mi.DictType) -> str:
     low, high = kind.min_length, kind.max_length
     if high is None:
         return ""

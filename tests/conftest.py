@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -17,13 +18,16 @@ from coordinator import web
 from coordinator.access import read_token
 from coordinator.config import CoordinatorConfig, Web
 from coordinator.core import events as ev
-from coordinator.core.state import FleetState, JobState, Phase
+from coordinator.core.choice import Choice, Prediction
+from coordinator.core.spec import JobSpec
+from coordinator.core.state import FleetState, JobState, Member, Phase, RoundPlan, RoundRecord, ShareRecord
 from coordinator.daemon import Coordinator
+from coordinator.plan_views import PlanView, plan_view
 from fedpipe.broker import embedded_command, free_port, mosquitto_command
 from protocol import codec
 from protocol.adapters import Adapter, Factors
 from protocol.memory_bus import MemoryBroker
-from protocol.messages import Blob, Body, Evaluated, ExecState, Matrix, Offer, Progress, Report, Surveyed
+from protocol.messages import Blob, Body, Calibrated, Evaluated, ExecState, Matrix, Offer, Progress, Report, Surveyed
 from protocol.topics import UpLeaf
 from protocol.updates import write_update
 
@@ -294,3 +298,68 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
 def served(serve: Callable[..., Served]) -> Served:
     """A served coordinator: `.url`, and verbs that play its agents."""
     return serve()
+
+
+@pytest.fixture
+def planned() -> Callable[..., PlanView]:
+    """A function that makes the plan of a job on a small Llama, for agents anna (much room) and berta (little)."""
+
+    def plan(n_layers: int = 2, job: str = "recipes", **changed: Any) -> PlanView:
+        kinds = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
+        names = sorted(f"model.layers.{layer}.{kind}" for layer in range(n_layers) for kind in kinds)
+        anna = {name: 64 if "q_proj" in name else 8 for name in names}
+        berta = {name: 4 for name in names if "q_proj" in name}
+        expected = Prediction(
+            step_s=0.5,
+            train_s=20.0,
+            down_s=2.0,
+            up_s=3.0,
+            peak_bytes=4_000_000_000,
+            limit_bytes=5_000_000_000,
+            up_bytes=1_200_000,
+            progress=1.0,
+        )
+        shape: dict[str, Any] = {"bits": "nf4", "n_steps": 40, "batch": 8, "predicted": expected, "limit": "memory"}
+        choices = {
+            "anna": Choice(
+                ranks=anna, accumulation=2, importance=0.82, why="nf4 fits", what_if={"1 GiB more": 1.12}, **shape
+            ),
+            "berta": Choice(ranks=berta, why="only the least", **shape),
+        }
+        decided = RoundPlan(
+            round=2, reason="anna came back", choices=choices, left_out={"clara": "no room: 1.2 GB missing"}
+        )
+        share = ShareRecord(
+            state="DONE",
+            samples=600,
+            planned_samples=640,
+            bits="nf4",
+            rank_sum=80,
+            step_s=0.6,
+            peak_bytes=3_920_000_000,
+            predicted=expected,
+        )
+        record = RoundRecord(
+            round=1,
+            attempt=0,
+            purpose="train",
+            version=0,
+            outcome="aggregated",
+            opened_at=0.0,
+            wall_s=30.0,
+            loss=2.0,
+            shares={"anna": share, "berta": msgspec.structs.replace(share, samples=360)},
+        )
+        found = Calibrated(device="RTX 3090", probe_rank=8, scores=b"", seconds=50.0)
+        state = JobState(
+            spec=msgspec.convert({"job": {"name": job}, "model": {"source": "toy"}}, JobSpec),
+            submitted_at=0.0,
+            matrices=[Matrix(name=name, d_out=64, d_in=64) for name in names],
+            members={
+                "anna": Member(calibrated=found, time_factor=1.2, oom_bytes=4_500_000_000),
+                "berta": Member(uncalibrated="no time left"),
+            },
+        )
+        return msgspec.structs.replace(plan_view(state, decided, [record], 1000.0), **changed)
+
+    return plan

@@ -36,16 +36,37 @@ class DropModel(Action, frozen=True, kw_only=True):
 
 
 class StartChild(Action, frozen=True, kw_only=True):
-    """Run this work in the training child, for at most `time_limit_s`; `model_sha256` is "" at version 0."""
+    """Run this work in the training child; `model_sha256` is "" at version 0."""
 
     plan: Plan
     model_sha256: str
     bytes_down: int
-    time_limit_s: float
 
 
 class StopChild(Action, frozen=True, kw_only=True):
     """End the child's work after the present step; it comes back as ChildFinished or ChildFailed."""
+
+    reason: str
+
+
+class PauseChild(Action, frozen=True, kw_only=True):
+    """Hold the child's work after the present micro-batch."""
+
+    reason: str
+
+
+class ResumeChild(Action, frozen=True, kw_only=True):
+    """Go on with what was held."""
+
+
+class ShrinkChild(Action, frozen=True, kw_only=True):
+    """Go on with smaller micro-batches."""
+
+    reason: str
+
+
+class LetChildGo(Action, frozen=True, kw_only=True):
+    """End the child as soon as it has no work, so that all its memory is free."""
 
     reason: str
 
@@ -66,4 +87,18 @@ class ForgetUpdate(Action, frozen=True, kw_only=True):
     xfer: str
 
 
-Wish = SayBirth | Say | FetchModel | DropModel | StartChild | StopChild | KillChild | OfferUpdate | ForgetUpdate
+Wish = (
+    SayBirth
+    | Say
+    | FetchModel
+    | DropModel
+    | StartChild
+    | StopChild
+    | PauseChild
+    | ResumeChild
+    | ShrinkChild
+    | LetChildGo
+    | KillChild
+    | OfferUpdate
+    | ForgetUpdate
+)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
-from protocol.messages import Evaluated, Offer, Plan, Surveyed
+from protocol.messages import Calibrated, Evaluated, Offer, Plan, Surveyed
+
+Level = Literal["run", "shrink", "pause", "stop"]
+"""How much room the host leaves: all that was planned, less memory, no computing for now, no memory either."""
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event"):
@@ -79,6 +84,12 @@ class ChildSurveyed(Event, frozen=True, kw_only=True):
     result: Surveyed
 
 
+class ChildCalibrated(Event, frozen=True, kw_only=True):
+    """What training costs and brings here has been measured."""
+
+    result: Calibrated
+
+
 class ChildFinished(Event, frozen=True, kw_only=True):
     """The child is through; `update` (with its file durable in the outbox) is None when there is nothing to upload."""
 
@@ -108,6 +119,13 @@ class UpdateDeclined(Event, frozen=True, kw_only=True):
     reason: str
 
 
+class HostSpoke(Event, frozen=True, kw_only=True):
+    """What the server's own services leave to training has changed (agent/host.py)."""
+
+    level: Level
+    reason: str = ""
+
+
 class StopAsked(Event, frozen=True, kw_only=True):
     """The daemon is going down."""
 
@@ -130,10 +148,12 @@ Happened = (
     | ChildBegan
     | ChildEvaluated
     | ChildSurveyed
+    | ChildCalibrated
     | ChildFinished
     | ChildFailed
     | UpdateAccepted
     | UpdateDeclined
+    | HostSpoke
     | StopAsked
     | Tick
 )

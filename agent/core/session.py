@@ -3,6 +3,7 @@
 Two things live here, and they are independent of each other:
 
     work     at most one share of one round: FETCHING the model -> RUNNING in the child -> gone.  A new plan replaces it.
+             While the host needs the device itself, what is fetched is HELD and what runs is paused; its time runs on.
     outbox   finished updates that the coordinator has not accepted yet; each lives on disk and is offered until it is
              accepted or declined, across restarts of either side and of the broker.
 
@@ -21,7 +22,7 @@ from typing import Final
 
 from agent.core import actions as act
 from agent.core import events as ev
-from protocol.messages import Evaluated, ExecState, Execution, Level, Offer, Plan, Surveyed
+from protocol.messages import Calibrated, Evaluated, ExecState, Execution, Level, Offer, Plan, Surveyed
 
 CHILD_GRACE_S: Final = 10.0
 """A child that was told to stop gets at least this long for its present step and for writing its update."""
@@ -31,6 +32,7 @@ class Stage(StrEnum):
     """Where the work stands."""
 
     FETCHING = "fetching"
+    HELD = "held"
     RUNNING = "running"
     STOPPING = "stopping"
     KILLED = "killed"
@@ -47,13 +49,24 @@ class Work:
         self.bytes_down = 0
         self.evaluated: Evaluated | None = None
         self.surveyed: Surveyed | None = None
+        self.calibrated: Calibrated | None = None
         self.unwanted = ""
+        self.held = ""
+        self.model_sha256 = ""
         self.set_times(plan, now)
 
     def set_times(self, plan: Plan, now: float) -> None:
         """Take over how much time is left."""
         self.stop_at = now + plan.stop_after_s
         self.close_at = now + max(plan.ttl_s, plan.stop_after_s + CHILD_GRACE_S)
+
+    def lost(self, state: ExecState, reason: str) -> tuple[ExecState, str]:
+        """How the work ends without all that was asked for: what was surveyed before that is true all the same."""
+        if self.unwanted:
+            return ExecState.CANCELLED, self.unwanted
+        if self.surveyed is None or self.plan.calibration is None:
+            return state, reason
+        return ExecState.DONE, "" if self.calibrated else f"not calibrated: {reason or 'nothing was measured'}"
 
 
 class Session:
@@ -67,6 +80,8 @@ class Session:
         self.waiting: Plan | None = None
         self.stopping = False
         self.coordinator = ""
+        self.host: ev.Level = "run"
+        self.host_reason = ""
         self._waiting_since = 0.0
         self._serial = 0
         self._now = 0.0
@@ -90,7 +105,7 @@ class Session:
                 self._cancel(event)
             case ev.ModelFetched() | ev.ModelLost():
                 self._model(event)
-            case ev.ChildBegan() | ev.ChildEvaluated() | ev.ChildSurveyed():
+            case ev.ChildBegan() | ev.ChildEvaluated() | ev.ChildSurveyed() | ev.ChildCalibrated():
                 self._child_moved(event)
             case ev.ChildFinished():
                 self._finished(event)
@@ -101,6 +116,8 @@ class Session:
             case ev.UpdateDeclined():
                 superseded = event.reason.startswith("superseded")
                 self._settled(event.xfer, ExecState.SUPERSEDED if superseded else ExecState.FAILED, event.reason)
+            case ev.HostSpoke():
+                self._host_spoke(event)
             case ev.StopAsked():
                 self.stopping, self.waiting = True, None
                 self._stop_work(event.reason, discard=False)
@@ -125,6 +142,8 @@ class Session:
         """Assert what must hold between any two events."""
         ending = self.work is not None and self.work.stage in {Stage.STOPPING, Stage.KILLED}
         assert self.waiting is None or ending, "a plan waits for nothing"
+        held = self.work is not None and self.work.stage is Stage.HELD
+        assert not held or self.host in {"pause", "stop"}, "work is held for nothing"
         at = self.wake_at
         assert at is None or at > self._now, f"wake_at {at} is not after {self._now}"
 
@@ -134,7 +153,7 @@ class Session:
         if birth:
             self._out.append(act.SayBirth())
         if self.work:
-            self._say(self.work.state)
+            self._say(self.work.state, self.work.held)
         self._out.extend(act.OfferUpdate(offer=offer) for offer in self.outbox.values())
 
     def _coordinator_seen(self, event: ev.CoordinatorSeen) -> None:
@@ -142,7 +161,7 @@ class Session:
             known, self.coordinator = self.coordinator, event.session
             self._restate(birth=bool(known))  # of the first one it is not known what it heard of the words at BusUp
 
-    def _say(self, state: ExecState, reason: str = "", plan: Plan | None = None) -> None:
+    def _say(self, state: ExecState, reason: str = "", plan: Plan | Offer | None = None) -> None:
         self._serial += 1
         mine = plan is None
         plan = plan or (self.work.plan if self.work else None)
@@ -155,6 +174,7 @@ class Session:
             state=state,
             reason=reason[:2000],
             surveyed=self.work.surveyed if mine and self.work else None,
+            calibrated=self.work.calibrated if mine and self.work else None,
             evaluated=self.work.evaluated if mine and self.work else None,
         )
         self._out.append(act.Say(message=message))
@@ -167,7 +187,7 @@ class Session:
         if self._is_at_work_on(plan):
             assert self.work is not None
             self.work.set_times(plan, self._now)
-            self._say(self.work.state)
+            self._say(self.work.state, self.work.held)
             return
         if any((o.job, o.round) == (plan.job, plan.round) for o in self.outbox.values()):
             self._restate(birth=False)
@@ -210,16 +230,19 @@ class Session:
         return max(fitting, key=lambda level: level.rank, default=whole)
 
     def _run(self, model_sha256: str) -> None:
+        """Begin, or wait until the host allows it; only a look at base and data needs nothing of the device."""
         assert self.work is not None
-        self.work.stage = Stage.RUNNING
-        self._out.append(
-            act.StartChild(
-                plan=self.work.plan,
-                model_sha256=model_sha256,
-                bytes_down=self.work.bytes_down,
-                time_limit_s=max(0.0, self.work.stop_at - self._now),
-            )
-        )
+        work, plan = self.work, self.work.plan
+        work.model_sha256 = model_sha256
+        is_light = plan.purpose == "survey" and plan.calibration is None
+        if self.host in {"pause", "stop"} and not is_light:
+            work.stage, work.state = Stage.HELD, ExecState.PREPARING
+            self._hold(work)
+            return
+        work.stage, work.held = Stage.RUNNING, ""
+        self._out.append(act.StartChild(plan=plan, model_sha256=model_sha256, bytes_down=work.bytes_down))
+        if self.host == "shrink":
+            self._out.append(act.ShrinkChild(reason=self.host_reason))
 
     def _model(self, event: ev.ModelFetched | ev.ModelLost) -> None:
         work = self.work
@@ -235,9 +258,9 @@ class Session:
 
     # --------------------------------------------------------------------------------------------------------- child
 
-    def _child_moved(self, event: ev.ChildBegan | ev.ChildEvaluated | ev.ChildSurveyed) -> None:
+    def _child_moved(self, event: ev.ChildBegan | ev.ChildEvaluated | ev.ChildSurveyed | ev.ChildCalibrated) -> None:
         work = self.work
-        if work is None or work.stage in {Stage.FETCHING, Stage.KILLED}:
+        if work is None or work.stage in {Stage.FETCHING, Stage.HELD, Stage.KILLED}:
             return
         match event:
             case ev.ChildBegan():
@@ -250,11 +273,14 @@ class Session:
                 work.evaluated = event.result
             case ev.ChildSurveyed():
                 work.surveyed = event.result
-        self._say(work.state)
+            case ev.ChildCalibrated():
+                work.calibrated = event.result
+                return  # the end of the survey follows at once and says it
+        self._say(work.state, work.held)
 
     def _finished(self, event: ev.ChildFinished) -> None:
         work = self.work
-        if work is None or work.stage is Stage.FETCHING:
+        if work is None or work.stage in {Stage.FETCHING, Stage.HELD}:
             return
         if work.unwanted:
             if event.update is not None:
@@ -270,16 +296,46 @@ class Session:
         elif work.surveyed is None and work.evaluated is None:
             self._end(ExecState.FAILED, event.stopped or "the work brought no result")
         else:
-            self._end(ExecState.DONE, "")
+            self._end(*work.lost(ExecState.DONE, event.stopped))
 
     def _failed(self, event: ev.ChildFailed) -> None:
         work = self.work
-        if work is None or work.stage is Stage.FETCHING:
+        if work is None or work.stage in {Stage.FETCHING, Stage.HELD}:
             return
-        if work.unwanted:
-            self._end(ExecState.CANCELLED, work.unwanted)
-        else:
-            self._end(ExecState.FAILED, event.reason)
+        self._end(*work.lost(ExecState.FAILED, event.reason))
+
+    # ---------------------------------------------------------------------------------------------------------- host
+
+    def _host_spoke(self, event: ev.HostSpoke) -> None:
+        """Pass on what the host needs; a share that was stopped for it is over, one that is only held goes on later."""
+        self.host, self.host_reason = event.level, event.reason
+        work = self.work
+        if event.level == "stop":
+            if work and work.stage is Stage.RUNNING:
+                self._stop_work(f"the host needs its memory: {event.reason}", discard=False)
+            self._out.append(act.LetChildGo(reason=event.reason))
+        if work is None:
+            return
+        match work.stage, event.level:
+            case Stage.HELD, "run" | "shrink":
+                self._run(work.model_sha256)
+                self._say(work.state)
+            case (Stage.HELD, _) | (Stage.RUNNING, "pause"):
+                if work.stage is Stage.RUNNING:
+                    self._out.append(act.PauseChild(reason=event.reason))
+                self._hold(work)
+            case Stage.RUNNING, "run" | "shrink":
+                if event.level == "shrink":
+                    self._out.append(act.ShrinkChild(reason=event.reason))
+                if work.held:
+                    work.held = ""
+                    self._out.append(act.ResumeChild())
+                    self._say(work.state)
+
+    def _hold(self, work: Work) -> None:
+        held, work.held = work.held, f"paused for the host: {self.host_reason}"
+        if work.held != held:
+            self._say(work.state, work.held)
 
     # --------------------------------------------------------------------------------------------------------- ends
 
@@ -306,6 +362,8 @@ class Session:
                 self._end(
                     ExecState.CANCELLED if discard else ExecState.TIMED_OUT, f"{reason}, before the model was here"
                 )
+            case Stage.HELD:
+                self._end(ExecState.CANCELLED if discard else ExecState.TIMED_OUT, f"{reason}, {work.held}")
             case Stage.RUNNING:
                 work.stage = Stage.STOPPING
                 work.unwanted = reason if discard else ""
@@ -328,8 +386,9 @@ class Session:
             return
         if self._now >= work.close_at and work.stage is Stage.STOPPING:
             self._out.append(act.KillChild())
-            work.stage, work.state = Stage.KILLED, ExecState.CANCELLED if work.unwanted else ExecState.TIMED_OUT
-            self._say(work.state, work.unwanted or "the training child did not stop in time")
+            work.stage = Stage.KILLED
+            work.state, why = work.lost(ExecState.TIMED_OUT, "the training child did not stop in time")
+            self._say(work.state, why)
         elif self._now >= work.stop_at and work.stage is not Stage.STOPPING:
             self._stop_work("deadline", discard=False)
 
@@ -337,13 +396,4 @@ class Session:
         offer = self.outbox.pop(xfer, None)
         self._out.append(act.ForgetUpdate(xfer=xfer))
         if offer is not None:
-            self._serial += 1
-            ended = Execution(
-                job=offer.job,
-                round=offer.round,
-                attempt=offer.attempt,
-                serial=self._serial,
-                state=state,
-                reason=reason[:2000],
-            )
-            self._out.append(act.Say(message=ended))
+            self._say(state, reason, offer)

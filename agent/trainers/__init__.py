@@ -7,6 +7,8 @@ A trainer is a generator: it says what happens as it happens, and after each mic
     while True:
         event = running.send(stop)        # stop = True, from then on: finish with what there is; StopIteration has Finished
 
+Between two events the trainer may be paused for any time, and asked to `shrink`: hold less memory from then on.
+
 The kind of update that it `produces` must be one that the job's aggregator accepts.  The registry is a closed `match`: a name
 that came over the wire finds a built-in trainer or an entry point that this agent's own configuration allows, nothing else.
 This package imports torch only inside the trainers; importing the registry is free.
@@ -17,24 +19,29 @@ from __future__ import annotations
 from collections.abc import Collection, Generator
 from typing import Final, Protocol
 
-from agent.child import Evaluated, Failed, Finished, Phase, Stepped, TrainTask
-from protocol import messages, plugins
+from agent.child import Calibrated, Evaluated, Failed, Finished, Phase, Stepped, Surveyed, TrainTask
+from protocol import plugins
 from protocol.errors import BadConfig
 
-BUILT_IN: Final = ("qlora",)
+BUILT_IN: Final = ("qlora", "continued", "frozen-a", "fresh")
 
-Happening = Phase | Stepped | Evaluated
+Happening = Phase | Stepped | Evaluated | Surveyed | Calibrated
 Running = Generator[Happening, bool, Finished]
 
 
 class Trainer(Protocol):
     """One way to learn.  An instance lives as long as its process and may keep what is dear to load (the base model)."""
 
-    produces: str
-    """Kind of update: "lora" is protocol/updates.py."""
+    @property
+    def produces(self) -> str:
+        """Kind of update (protocol/updates.py); a class attribute."""
 
-    def survey(self, task: TrainTask) -> messages.Surveyed:
-        """Look at the base and the data without training.  Raises OutsideFault."""
+    def survey(self, task: TrainTask) -> Running:
+        """Look at the base and the data without training, and measure what plan.calibration asks for.
+
+        Yields Surveyed as soon as that is known, and Calibrated when there is one; `stopped` of the end says why not.  Raises
+        OutsideFault or TrainingFailed; behind Surveyed this costs the measurements only.
+        """
         ...
 
     def train(self, task: TrainTask) -> Running:
@@ -42,6 +49,10 @@ class Trainer(Protocol):
 
         A plan of purpose "evaluate" ends after its evaluation.  Raises OutsideFault or TrainingFailed.
         """
+        ...
+
+    def shrink(self) -> None:
+        """Halve the micro-batches of the run under way from the next one on, with as many samples per step as before."""
         ...
 
 
@@ -60,6 +71,18 @@ def load(name: str, allowed: Collection[str] = ()) -> type[Trainer]:
             from agent.trainers.qlora import QLora
 
             return QLora
+        case "continued":
+            from agent.trainers.baselines import Continued
+
+            return Continued
+        case "frozen-a":
+            from agent.trainers.baselines import FrozenA
+
+            return FrozenA
+        case "fresh":
+            from agent.trainers.baselines import Fresh
+
+            return Fresh
     found = plugins.load("fedpipe.trainers", name, allowed=allowed, built_in=BUILT_IN)
     if not isinstance(found, type) or not hasattr(found, "produces"):
         raise BadConfig(f"entry point {name!r} of fedpipe.trainers is no Trainer class")

@@ -5,12 +5,15 @@ micro-batch of short answers does not weigh as much as one of long answers.
 
 Every yield reports one finished micro-batch and hears whether to stop.  On a stop in the middle of a step the gradients so far
 are re-scaled to the tokens they saw and applied: nothing that was computed is thrown away and the sample count stays true.
+A yield may take long, when the host needs the device; its time is not counted.  Micro-batches may shrink at any time: a drawn
+one is then split, so the same step is made of the same samples in more pieces.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -24,7 +27,7 @@ from protocol.messages import Training
 
 
 class Fit(NamedTuple):
-    """What a run did.  loss is the mean over its steps; is_stopped when a stop or the time limit ended it early."""
+    """What a run did.  loss is the mean over its steps; seconds without pauses; is_stopped when a stop ended it early."""
 
     steps: int
     samples: int
@@ -32,6 +35,17 @@ class Fit(NamedTuple):
     loss: float | None
     seconds: float
     is_stopped: bool
+
+
+class MicroBatch:
+    """How many rows a micro-batch may have."""
+
+    def __init__(self, n_rows: int) -> None:
+        self.n_rows = n_rows
+
+    def shrink(self) -> None:
+        """Half of it, from the next one on."""
+        self.n_rows = max(1, self.n_rows // 2)
 
 
 def learning_rate(training: Training, step: int) -> float:
@@ -45,8 +59,9 @@ def fit(
     parameters: Sequence[torch.nn.Parameter],
     training: Training,
     *,
-    is_out_of_time: Callable[[], bool],
+    micro_batch: MicroBatch,
     after_forward: Callable[[], None],
+    before_step: Callable[[int], None] = lambda _: None,
 ) -> Generator[Stepped, bool, Fit]:
     """Train `parameters` for training.n_steps optimizer steps.
 
@@ -55,31 +70,39 @@ def fit(
         batches: endless micro-batches.
         parameters: what the optimizer moves.
         training: the plan's numbers.
-        is_out_of_time: asked after each micro-batch.
+        micro_batch: larger ones are split.
         after_forward: called when activations are at their peak, to measure.
+        before_step: called with the number of the step, from 0, when its gradients are complete and not yet clipped.
 
     Raises TrainingFailed as soon as a loss or a gradient is not finite.
     """
     model.train()
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
     started = time.monotonic()
+    away = 0.0  # seconds that yields took
     samples = tokens = 0
     losses: list[float] = []  # one per step
 
     def stepped(loss: float) -> Stepped:
-        seconds = time.monotonic() - started
         return Stepped(
-            step=len(losses), n_steps=training.n_steps, samples=samples, loss=loss, tokens=tokens, seconds=seconds
+            step=len(losses), n_steps=training.n_steps, samples=samples, loss=loss, tokens=tokens, seconds=worked()
         )
+
+    def worked() -> float:
+        return time.monotonic() - started - away
 
     is_stopping, seen, planned = False, 0, 0
     while len(losses) < training.n_steps and not is_stopping:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(training, len(losses))
-        micro_batches = list(islice(batches, training.accumulation))
+        micro_batches = deque(islice(batches, training.accumulation))
         planned = max(1, sum(batch.n_targets for batch in micro_batches))
         seen, total = 0, 0.0
-        for n_done, batch in enumerate(micro_batches, 1):
+        while micro_batches:
+            batch = micro_batches.popleft()
+            if len(batch.ids) > micro_batch.n_rows:
+                batch, rest = batch.split(micro_batch.n_rows)
+                micro_batches.appendleft(rest)
             loss, _ = token_losses(model, batch)
             after_forward()
             torch.autograd.backward(loss / planned)
@@ -88,17 +111,22 @@ def fit(
                 raise TrainingFailed("loss is not finite", f"in step {len(losses) + 1}")
             seen += batch.n_targets
             samples, tokens = samples + batch.n_samples, tokens + batch.n_targets
-            is_stopping = is_out_of_time()
-            if is_stopping or n_done == len(micro_batches):
+            if not micro_batches:
                 break
-            if is_stopping := (yield stepped(total / max(1, seen))):
+            asked_at = time.monotonic()
+            is_stopping = yield stepped(total / max(1, seen))
+            away += time.monotonic() - asked_at
+            if is_stopping:
                 break
+        before_step(len(losses))
         _step(optimizer, parameters, training.max_gradient_norm, rescale=planned / max(1, seen))
         losses.append(total / max(1, seen))
+        asked_at = time.monotonic()
         is_stopping = (yield stepped(losses[-1])) or is_stopping
+        away += time.monotonic() - asked_at
     mean = sum(losses) / len(losses) if losses else None
     is_early = len(losses) < training.n_steps or max(1, seen) < planned
-    return Fit(len(losses), samples, tokens, mean, time.monotonic() - started, is_early)
+    return Fit(len(losses), samples, tokens, mean, worked(), is_early)
 
 
 def _step(

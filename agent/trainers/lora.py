@@ -11,29 +11,43 @@ global adapter, where the fleet has found what matters so far (method.md section
 rotation of an orthonormal basis of the rows of A_g, scaled to the norm that PEFT's own start would have; further rows, and
 all rows where there is no global adapter, are PEFT's own.  So at version 0 this is a plain PEFT LoRA run.
 
-What leaves is s B A alone: a true delta on top of the version received.  The base is never merged into, so taking the
+Published baselines start otherwise (`Start`): on their own random A in every round, or from the global adapter's values, which
+then are no frozen part of their own.
+
+What leaves is s B A alone: a true delta on top of the version received, or for `continued` the adapter itself.  The base is never merged into, so taking the
 adapters off restores it bit by bit and it serves the next round.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
 
 from agent.loading import matrices
-from protocol.adapters import Adapter, Factors
+from protocol.adapters import Adapter, Factors, truncate
 from protocol.errors import BadMessage, BadUpdate
 from protocol.messages import Matrix
 from protocol.tensors import F32
 
 GLOBAL: Final = "global"
 LOCAL: Final = "local"
+
+Start = Literal["subspace", "fresh", "continued", "frozen-a"]
+"""Where the local adapter begins.
+
+subspace   B = 0, A in the right subspace of the global adapter
+fresh      B = 0, A random
+continued  the first r components of the global adapter, which is not frozen beside it; B = 0 and an A that all agents with
+           this seed share where it has no more
+frozen-a   like continued, and A does not learn
+"""
 
 
 class Adapted:
@@ -55,7 +69,9 @@ class Adapted:
 
 
 @contextmanager
-def adapted(base: Any, frozen: Adapter, ranks: Mapping[str, int], scale: float, seed: int) -> Iterator[Adapted]:
+def adapted(
+    base: Any, frozen: Adapter, ranks: Mapping[str, int], scale: float, seed: int, *, start: Start = "subspace"
+) -> Iterator[Adapted]:
     """Put both adapters on `base` for the time of the block and take them off behind it, whatever happens.
 
     Args:
@@ -64,6 +80,7 @@ def adapted(base: Any, frozen: Adapter, ranks: Mapping[str, int], scale: float, 
         ranks: rank of the local adapter by matrix; {} for evaluation alone.
         scale: s, the same for all ranks.
         seed: decides the start of A.
+        start: where the local adapter begins.
 
     Raises BadMessage for ranks and BadUpdate for a global adapter that do not fit the base.
     """
@@ -74,14 +91,16 @@ def adapted(base: Any, frozen: Adapter, ranks: Mapping[str, int], scale: float, 
         yield Adapted(base, {}, scale)
         return
     try:
-        yield Adapted(_wrap(base, frozen, ranks, scale, seed), ranks, scale)
+        yield Adapted(_wrap(base, frozen, ranks, scale, seed, start), ranks, scale)
     finally:
         _unwrap(base)
 
 
-def _wrap(base: Any, frozen: Adapter, ranks: Mapping[str, int], scale: float, seed: int) -> Any:
+def _wrap(base: Any, received: Adapter, ranks: Mapping[str, int], scale: float, seed: int, start: Start) -> Any:
     from peft import get_peft_model
 
+    continues = start in {"continued", "frozen-a"}
+    frozen = {name: f for name, f in received.items() if not (continues and name in ranks)}
     wanted = {GLOBAL: ({name: f.rank for name, f in frozen.items()}, 1.0), LOCAL: (ranks, scale)}
     model = None
     for name, (its_ranks, its_scale) in wanted.items():
@@ -95,9 +114,12 @@ def _wrap(base: Any, frozen: Adapter, ranks: Mapping[str, int], scale: float, se
     assert model is not None
     model.base_model.set_adapter([name for name, (its_ranks, _) in wanted.items() if its_ranks])
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(f".{LOCAL}." in name)
+        parameter.requires_grad_(f".{LOCAL}." in name and not (start == "frozen-a" and ".lora_A." in name))
     _copy_in(model, frozen)
-    _start_in_subspace(model, frozen, ranks, seed)
+    if continues:
+        _continue(model, received, ranks, scale, seed)
+    elif start == "subspace":
+        _start_in_subspace(model, frozen, ranks, seed)
     return model
 
 
@@ -149,6 +171,28 @@ def _start_in_subspace(model: Any, frozen: Adapter, ranks: Mapping[str, int], se
             a, _ = _weights(model, name, LOCAL)
             rows = subspace_rows(frozen[name].a, ranks[name], np.random.default_rng([seed, index]))
             a[: len(rows)].copy_(torch.from_numpy(rows))
+
+
+@torch.no_grad()
+def _continue(model: Any, received: Adapter, ranks: Mapping[str, int], scale: float, seed: int) -> None:
+    for name, rank in ranks.items():
+        a, b = _weights(model, name, LOCAL)
+        a.copy_(torch.from_numpy(common_rows(name, rank, a.shape[1], seed)))
+        if name in received:
+            known = truncate(received[name], rank)
+            a[: known.rank].copy_(torch.from_numpy(known.a))
+            b[:, : known.rank].copy_(torch.from_numpy(known.b / np.float32(scale)))
+
+
+def common_rows(name: str, rank: int, d_in: int, seed: int) -> F32:
+    """A random start of A (rank, d_in) that depends on the seed and the matrix alone, so that all agents share it.
+
+    Distributed as PEFT's own, uniform within +-1/sqrt(d_in); the rows of a smaller rank are the first of a larger one.
+    """
+    key = [seed, *hashlib.blake2b(name.encode(), digest_size=8).digest()]
+    bound = 1.0 / np.sqrt(d_in)
+    rows: F32 = np.random.default_rng(key).uniform(-bound, bound, (rank, d_in)).astype(np.float32)
+    return rows
 
 
 def subspace_rows(a: F32, n_rows: int, rng: np.random.Generator) -> F32:

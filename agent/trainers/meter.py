@@ -2,76 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 import torch
 
-from agent import loading
-from agent.batches import Batch
-from agent.loading import Loaded
-from agent.trainers import TrainingFailed, memory
-from protocol.messages import Plan
+from agent.trainers import TrainingFailed
+
+CONTEXT_BYTES: Final = 512 * 2**20
+"""What a process holds of a CUDA device beside torch's own allocations: its context and the kernels it has loaded."""
 
 
 class Meter:
-    """Watches one run.  Before `watch` everything is 0."""
+    """Watches one run on one device.  `predicted_bytes` is what the plan expects; 0 when nobody predicted."""
 
-    def __init__(self) -> None:
-        self._measure: Callable[[], int] = lambda: 0
-        self._predict: Callable[[int], int] = lambda _: 0
+    def __init__(self, predicted_bytes: int = 0) -> None:
+        self.predicted_bytes = predicted_bytes
+        self._device: torch.device | None = None
         self._peak_bytes = 0
-        self._n_tokens = 0
 
-    def watch(self, base: Loaded, folder: Path, plan: Plan, frozen: Mapping[str, int]) -> None:
-        """Begin for this model, plan and ranks of the global adapter."""
-        device = base.device
+    def watch(self, device: torch.device) -> None:
+        """Begin; before this everything is 0."""
+        self._device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-            self._measure = lambda: torch.cuda.max_memory_allocated(device)
-        else:
-            self._measure = anonymous_bytes
-        try:
-            dimensions = memory.dimensions(folder)
-        except (KeyError, StopIteration):
-            return  # an architecture that the formula does not know: measured only
-        found = loading.matrices(base.model)
-        self._predict = lambda n_tokens: memory.predicted_bytes(
-            dimensions,
-            found,
-            plan.ranks,
-            frozen=frozen,
-            bits=plan.bits,
-            compute=base.compute,
-            n_tokens=n_tokens,
-            checkpointing=plan.train is not None and plan.train.checkpointing,
-        )
-
-    def noting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; the largest decides what is predicted, also if it is the one that does not fit."""
-        for batch in batches:
-            self._n_tokens = max(self._n_tokens, batch.ids.numel())
-            yield batch
 
     def see(self) -> None:
         """Note the moment after a forward pass, when activations are at their peak."""
-        self._peak_bytes = max(self._peak_bytes, self._measure())
+        if self._device is None:
+            return
+        is_cuda = self._device.type == "cuda"
+        now = torch.cuda.max_memory_allocated(self._device) + CONTEXT_BYTES if is_cuda else anonymous_bytes()
+        self._peak_bytes = max(self._peak_bytes, now)
 
     @property
     def peak_bytes(self) -> int:
         """Measured peak.
 
-        With CUDA the most that torch's allocator held; without, the most anonymous memory of this process right after a
-        forward pass, which includes some 300 MB of interpreter and libraries.
+        With CUDA the most that torch's allocator held and the context; without, the most anonymous memory of this process
+        right after a forward pass, which includes some 300 MB of interpreter and libraries.
         """
         self.see()
         return self._peak_bytes
 
-    @property
-    def predicted_bytes(self) -> int:
-        """By agent/trainers/memory.py for the largest micro-batch so far; 0 for an unknown architecture."""
-        return self._predict(self._n_tokens)
+
+def held_bytes(device: torch.device) -> int:
+    """What this process holds of the device now, in the terms of Meter.peak_bytes."""
+    return torch.cuda.memory_allocated(device) + CONTEXT_BYTES if device.type == "cuda" else anonymous_bytes()
 
 
 def anonymous_bytes() -> int:
@@ -83,14 +62,20 @@ def anonymous_bytes() -> int:
     return 0
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is what torch raises when host or device memory is short."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
 @contextmanager
 def out_of_memory_named(meter: Meter) -> Iterator[None]:
     """Turn what torch raises without memory into TrainingFailed("out_of_memory") with predicted and measured bytes."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        is_ours = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-        if not is_ours:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         first = (str(error).splitlines() or [""])[0][:300]
         detail = f"predicted {meter.predicted_bytes} bytes, measured {meter.peak_bytes} bytes: {first}"

@@ -3,107 +3,177 @@
     load base (kept between tasks) -> put on adapters -> evaluate the received version -> train -> write the local adapter
 
 What is trained and sent is in agent/trainers/lora.py, the loop in agent/trainers/loop.py, the memory it takes in
-agent/trainers/memory.py.  This file is the order of things.  Randomness comes from (seed, round, purpose): the same plan on
+protocol/memory.py.  This file is the order of things.  Randomness comes from (seed, round, purpose): the same plan on
 the same data makes the same run, and no two rounds shuffle alike.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
+import importlib
 import time
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import ClassVar, Final
 
 import torch
 
-from agent import loading
+from agent import calibrations, loading
 from agent.bases import base_digest
 from agent.batches import endless
-from agent.child import Evaluated, Finished, Phase, Stepped, TrainTask
+from agent.calibrations import Calibrations
+from agent.child import Calibrated, Evaluated, Finished, Phase, Stepped, Surveyed, TrainTask
 from agent.data import split
 from agent.data.split import Split
 from agent.evaluation import evaluate
 from agent.loading import Loaded
-from agent.trainers import Running, TrainingFailed
-from agent.trainers.loop import Fit, fit
-from agent.trainers.lora import Adapted, adapted
+from agent.trainers import Running, TrainingFailed, calibration, importance
+from agent.trainers.benchmark import checkpointed, give_back
+from agent.trainers.bound import bound
+from agent.trainers.importance import Sensitivity
+from agent.trainers.loop import Fit, MicroBatch, fit
+from agent.trainers.lora import Adapted, Start, adapted
 from agent.trainers.meter import Meter, out_of_memory_named
 from protocol import messages
 from protocol.adapters import Adapter
 from protocol.errors import BadMessage
-from protocol.messages import Plan, Training
+from protocol.messages import Bits, Calibration, Plan, Training
 from protocol.models import read_model
-from protocol.updates import write_update
+from protocol.updates import Kind, write_update
+
+N_SCORES: Final = 8
+"""Triplets of a matrix whose importance is told: further ones follow from the decay of these."""
 
 
 class QLora:
     """The trainer.  Keeps the base model it loaded last; everything else lives for one task."""
 
-    produces = "lora"
+    produces: ClassVar[Kind] = "lora"
+    start: ClassVar[Start] = "subspace"
 
     def __init__(self) -> None:
         self._key: tuple[str, ...] = ()
         self._loaded: Loaded | None = None
+        self._micro_batch = MicroBatch(1)
 
-    def survey(self, task: TrainTask) -> messages.Surveyed:
-        """The base's digest and matrices and the size of the data.  Loads no weights."""
+    def survey(self, task: TrainTask) -> Running:
+        """The base's digest and matrices and the size of the data, without loading weights; then the calibration."""
+        if (yield Phase(name="loading")):
+            return Finished(stopped="stop")
         folder = Path(task.base_folder)
         parts = _read(task)
-        return messages.Surveyed(
+        surveyed = messages.Surveyed(
             base_sha256=_digest(task),
             matrices=loading.survey(folder),
             n_train=len(parts.train),
             n_eval=len(parts.held_out),
+            dimensions=loading.dimensions(folder),
         )
+        is_stopping = yield Surveyed(result=surveyed)
+        if task.plan.calibration is None:
+            return Finished()
+        if is_stopping:
+            return Finished(stopped="stop")
+        return (yield from self._calibrate(task, task.plan.calibration, surveyed, parts))
+
+    def _calibrate(self, task: TrainTask, ask: Calibration, surveyed: messages.Surveyed, parts: Split) -> Running:
+        device = loading.pick_device(task.device)
+        kept = Calibrations(Path(task.calibrations)) if task.calibrations else None
+        key = calibrations.key(calibration.depends_on(ask, surveyed, parts, device))
+        limit_bytes = task.memory_limit_bytes
+        if kept is not None and (known := kept.find(key, limit_bytes=limit_bytes)):
+            yield Calibrated(result=known)
+            return Finished()
+        if (yield Phase(name="calibrating")):
+            return Finished(stopped="stop")
+        for library in ("peft", "bitsandbytes"):  # now, so that `_forget` freezes them
+            with contextlib.suppress(ImportError):
+                importlib.import_module(library)
+        self._forget()
+        done = yield from calibration.calibrate(
+            ask,
+            surveyed,
+            parts,
+            lambda bits: self._base(task, bits),
+            device=device,
+            compute=loading.compute_type(Path(task.base_folder), device),
+            limit_bytes=limit_bytes,
+        )
+        if done.calibrated is None:
+            return Finished(stopped=done.why)
+        if kept is not None and done.is_complete:
+            kept.keep(key, done.calibrated, now=time.time(), short_at_bytes=limit_bytes if done.is_short else 0)
+        yield Calibrated(result=done.calibrated)
+        return Finished()
 
     def train(self, task: TrainTask) -> Running:
         """One share of a round; see agent.trainers.Trainer."""
         plan = task.plan
         if plan.purpose == "train" and (plan.train is None or not plan.ranks):
             raise BadMessage("a plan to train needs `train` and at least one matrix in `ranks`")
-        deadline = time.monotonic() + task.time_limit_s if task.time_limit_s else float("inf")
+        training = plan.train or Training(n_steps=1)
+        self._micro_batch = MicroBatch(training.batch)
         if (yield Phase(name="loading")):
-            return Finished(stopped=_why(deadline))
+            return Finished(stopped="stop")
         parts = _read(task)
         frozen = _received(task)
         ranks = plan.ranks if plan.purpose == "train" else {}
-        training = plan.train or Training(n_steps=1)
-        meter = Meter()
+        meter = Meter(plan.predicted_bytes)
         with out_of_memory_named(meter):
             base = self._base(task)
-            meter.watch(base, Path(task.base_folder), plan, {name: f.rank for name, f in frozen.items()})
-            with adapted(base.model, frozen, ranks, plan.alpha, draw_seed(plan, "adapter")) as model:
-                if plan.evaluate is not None and not (yield from _evaluate(base, model, plan, parts, deadline)):
-                    return Finished(stopped=_why(deadline))
+            meter.watch(base.device)
+            seed = self.adapter_seed(plan)
+            with adapted(base.model, frozen, ranks, plan.alpha, seed, start=self.start) as model:
+                if plan.evaluate is not None and not (yield from _evaluate(base, model, plan, parts)):
+                    return Finished(stopped="stop")
                 if plan.purpose != "train":
                     return Finished()
                 if (yield Phase(name="training")):
-                    return Finished(stopped=_why(deadline))
+                    return Finished(stopped="stop")
                 batches = endless(parts.train, base.tokenizer, training, draw_seed(plan, "order"))
-                with _checkpointing(base.model, is_on=training.checkpointing):
+                with checkpointed(base.model, is_on=training.checkpointing):
                     torch.manual_seed(draw_seed(plan, "dropout"))
+                    sensitivity = Sensitivity(importance.weights_of(model.model, ranks))
                     done = yield from fit(
                         model.model,
-                        meter.noting(batches),
+                        batches,
                         model.parameters,
                         training,
-                        is_out_of_time=lambda: time.monotonic() >= deadline,
+                        micro_batch=self._micro_batch,
                         after_forward=meter.see,
+                        before_step=lambda step: _observe(sensitivity, step, training.n_steps),
                     )
-                return _written(task, model, done, meter, deadline)
+                return _written(task, model, done, meter, self.produces, sensitivity)
 
-    def _base(self, task: TrainTask) -> Loaded:
+    @staticmethod
+    def adapter_seed(plan: Plan) -> int:
+        """Decides the random start of A."""
+        return draw_seed(plan, "adapter")
+
+    def shrink(self) -> None:
+        """See agent.trainers.Trainer."""
+        self._micro_batch.shrink()
+
+    def _base(self, task: TrainTask, bits: Bits | None = None) -> Loaded:
+        bits = bits or task.plan.bits
         device = loading.pick_device(task.device)
-        key = (task.base_folder, _digest(task), task.plan.bits, str(device))
+        bound(device, task.memory_limit_bytes)
+        key = (task.base_folder, _digest(task), bits, str(device))
         if self._loaded is None or key != self._key:
-            self._loaded = None  # free the old one first: two do not fit
-            gc.collect()
-            self._loaded = loading.load(Path(task.base_folder), task.plan.bits, device)
+            self._forget()  # free the old one first: two do not fit
+            self._loaded = loading.load(Path(task.base_folder), bits, device)
             self._key = key
+            give_back()  # quantizing leaves the room of the wide weights behind
         return self._loaded
+
+    def _forget(self) -> None:
+        self._key, self._loaded = (), None
+        give_back()
+        # What is left are the libraries' own objects, half a million: the many collections of a calibration, 0.4 s each with
+        # them, need not look at them again.
+        gc.freeze()
 
 
 def _read(task: TrainTask) -> Split:
@@ -133,7 +203,7 @@ def draw_seed(plan: Plan, purpose: str) -> int:
 
 
 def _evaluate(
-    base: Loaded, model: Adapted, plan: Plan, parts: Split, deadline: float
+    base: Loaded, model: Adapted, plan: Plan, parts: Split
 ) -> Generator[Phase | Stepped | Evaluated, bool, bool]:
     """Score the received version; whether to go on.  The local adapter is zero, so it does not matter that it is on."""
     assert plan.evaluate is not None
@@ -154,25 +224,20 @@ def _evaluate(
         except StopIteration as end:
             score = end.value
             break
-        is_stopping = (yield stepped) or time.monotonic() >= deadline
+        is_stopping = yield stepped
     if score.n_tokens and not is_stopping:
         yield Evaluated(result=messages.Evaluated(version=plan.version, **score._asdict()))
     return not is_stopping
 
 
-@contextmanager
-def _checkpointing(model: Any, *, is_on: bool) -> Iterator[None]:
-    if not is_on:
-        yield
-        return
-    model.activation_checkpointing_enable({"use_reentrant": False})  # reentrant would need inputs with gradients
-    try:
-        yield
-    finally:
-        model.activation_checkpointing_disable()
+def _observe(sensitivity: Sensitivity, step: int, n_steps: int) -> None:
+    if importance.is_due(step, n_steps):
+        sensitivity.observe()
 
 
-def _written(task: TrainTask, model: Adapted, done: Fit, meter: Meter, deadline: float) -> Finished:
+def _written(
+    task: TrainTask, model: Adapted, done: Fit, meter: Meter, kind: Kind, sensitivity: Sensitivity
+) -> Finished:
     plan = task.plan
     if done.steps:
         write_update(
@@ -182,6 +247,8 @@ def _written(task: TrainTask, model: Adapted, done: Fit, meter: Meter, deadline:
             round=plan.round,
             attempt=plan.attempt,
             dtype=plan.update_dtype,
+            kind=kind,
+            scores={name: found[:N_SCORES] for name, found in sensitivity.scores().items()},
         )
     return Finished(
         file=task.out_file if done.steps else "",
@@ -190,11 +257,7 @@ def _written(task: TrainTask, model: Adapted, done: Fit, meter: Meter, deadline:
         tokens=done.tokens,
         loss=done.loss,
         train_s=done.seconds,
-        stopped=_why(deadline) if done.is_stopped else "",
+        stopped="stop" if done.is_stopped else "",
         peak_bytes=meter.peak_bytes,
         predicted_bytes=meter.predicted_bytes,
     )
-
-
-def _why(deadline: float) -> str:
-    return "deadline" if time.monotonic() >= deadline else "stop"

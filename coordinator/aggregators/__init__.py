@@ -17,14 +17,14 @@ from protocol.errors import BadConfig
 
 
 class Deltas(Protocol):
-    """An update of kind `lora`, wherever it is: names and ranks are known, factors come one matrix at a time."""
+    """An update in low-rank factors, wherever it is: names and ranks are known, factors come one matrix at a time."""
 
     @property
     def ranks(self) -> Mapping[str, int]:
         """Rank by matrix name, for every matrix that was trained."""
 
     def factors(self, name: str) -> Factors:
-        """The delta of one matrix.  Raises BadUpdate, OSError."""
+        """Those of one matrix; the kind says whether a change or the adapter itself.  Raises BadUpdate, OSError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +61,13 @@ class Aggregator(Protocol):
     def aggregate(
         self, model: Adapter, updates: Sequence[Weighted], *, max_rank: int, server_lr: float = 1.0
     ) -> Aggregate:
-        """The model after these updates, of at most `max_rank` components per matrix, in canonical form.
+        """The model after these updates, of at most `max_rank` components per matrix, the ones that matter most first.
 
         At most one update per (round, agent).  Raises BadUpdate naming what cannot be used, OSError.
         """
 
 
-BUILT_IN: Final = ("product",)
+BUILT_IN: Final = ("product", "average", "hetlora", "redistribute", "stacking")
 
 
 def load(name: str, allowed: Collection[str] = ()) -> Aggregator:
@@ -80,6 +80,22 @@ def load(name: str, allowed: Collection[str] = ()) -> Aggregator:
             from coordinator.aggregators.product import Product
 
             return Product()
+        case "average":
+            from coordinator.aggregators.factors import Average
+
+            return Average()
+        case "hetlora":
+            from coordinator.aggregators.factors import Average
+
+            return Average(by_norm=True)
+        case "redistribute":
+            from coordinator.aggregators.redistribute import Redistribute
+
+            return Redistribute()
+        case "stacking":
+            from coordinator.aggregators.stacking import Stacking
+
+            return Stacking()
     found = plugins.load("fedpipe.aggregators", name, allowed=allowed, built_in=BUILT_IN)
     if not (isinstance(found, type) and hasattr(found, "accepts") and hasattr(found, "aggregate")):
         raise BadConfig(f"entry point {name!r} of fedpipe.aggregators is no class with `accepts` and `aggregate`")

@@ -29,7 +29,7 @@ What truncation drops is reported per matrix.  Cost per matrix: O((d_out + d_in)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, Final
@@ -54,23 +54,46 @@ class Product:
         self, model: Adapter, updates: Sequence[Weighted], *, max_rank: int, server_lr: float = 1.0
     ) -> Aggregate:
         """See Aggregator.aggregate.  A matrix whose sum is zero is not in the result."""
-        ordered = _in_order(updates)
-        squared_norms = {(u.round, u.agent): 0.0 for u in ordered}
-        adapter, dropped_ratio = dict(model), {}
-        for name in sorted({name for u in ordered for name in u.update.ranks}):
-            terms = _terms(name, model, ordered, server_lr, squared_norms)
-            result, dropped_ratio[name] = _sum(terms, max_rank, self.stack_width)
-            adapter[name] = result.to_factors()
-            if not (np.isfinite(adapter[name].a).all() and np.isfinite(adapter[name].b).all()):
-                _, agent = max(squared_norms, key=squared_norms.__getitem__)
-                raise BadUpdate(
-                    f"the sum of matrix {name!r} leaves float32's range: drop {agent}'s, by far the largest"
-                )
-        kept = {name: factors for name, factors in adapter.items() if factors.rank}
-        return Aggregate(kept, dropped_ratio, {key: math.sqrt(square) for key, square in squared_norms.items()})
+        return sum_of_products(
+            model, updates, kept=1.0, server_lr=server_lr, max_rank=max_rank, stack_width=self.stack_width
+        )
 
 
-def _in_order(updates: Sequence[Weighted]) -> list[Weighted]:
+def sum_of_products(
+    model: Adapter,
+    updates: Sequence[Weighted],
+    *,
+    kept: float,
+    server_lr: float,
+    max_rank: int,
+    stack_width: int = STACK_WIDTH,
+) -> Aggregate:
+    """The sum kept * model + server_lr * weighted mean of the updates, matrix by matrix, in canonical form.
+
+    `kept` is 1 where updates are changes to the model, and 1 - server_lr where they are models themselves.  Raises as
+    Aggregator.aggregate.
+    """
+    ordered = in_order(updates)
+    squared_norms = {(u.round, u.agent): 0.0 for u in ordered}
+    adapter, dropped_ratio = dict(model), {}
+    for name in sorted({name for u in ordered for name in u.update.ranks}):
+        terms = _terms(name, model if kept else {}, ordered, (kept, server_lr), squared_norms)
+        result, dropped_ratio[name] = _sum(terms, max_rank, stack_width)
+        adapter[name] = result.to_factors()
+        check_range(name, adapter[name], squared_norms)
+    left = {name: factors for name, factors in adapter.items() if factors.rank}
+    return Aggregate(left, dropped_ratio, {key: math.sqrt(square) for key, square in squared_norms.items()})
+
+
+def check_range(name: str, factors: Factors, squared_norms: Mapping[tuple[int, str], float]) -> None:
+    """Raises BadUpdate, naming the largest update's agent, where a sum of finite numbers is none."""
+    if not (np.isfinite(factors.a).all() and np.isfinite(factors.b).all()):
+        _, agent = max(squared_norms, key=squared_norms.__getitem__)
+        raise BadUpdate(f"the sum of matrix {name!r} leaves float32's range: drop {agent}'s, by far the largest")
+
+
+def in_order(updates: Sequence[Weighted]) -> list[Weighted]:
+    """Those that count, by (round, agent).  Raises ValueError for two of one agent and round, and for an impossible weight."""
     ordered = sorted((u for u in updates if u.weight), key=lambda u: (u.round, u.agent))
     for before, after in pairwise(ordered):
         if (before.round, before.agent) == (after.round, after.agent):
@@ -85,12 +108,13 @@ def _terms(
     name: str,
     model: Adapter,
     ordered: Sequence[Weighted],
-    server_lr: float,
+    scales: tuple[float, float],
     squared_norms: dict[tuple[int, str], float],
 ) -> Iterator[tuple[Factors, float]]:
     """What is summed for one matrix, with scales, one at a time; adds up the squared norms of the updates on the way."""
+    kept, server_lr = scales
     if name in model:
-        yield model[name], 1.0
+        yield model[name], kept
     trained = [u for u in ordered if name in u.update.ranks]
     total = math.fsum(u.weight for u in trained)
     for u in trained:

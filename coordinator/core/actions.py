@@ -17,12 +17,13 @@ class Action(msgspec.Struct, frozen=True, kw_only=True, tag_field="action"):
 
 
 class MakePlan(Action, frozen=True, kw_only=True):
-    """Ask the planner; comes back as PlanReady or PlanFailed."""
+    """Ask the planner; comes back as PlanReady or PlanFailed.  `reason`: why the last plan does not hold."""
 
     job: str
     round: int
     attempt: int
     agents: list[str]
+    reason: str = ""
 
 
 class Assign(Action, frozen=True, kw_only=True):

@@ -7,6 +7,24 @@ import msgspec
 from protocol.messages import Bits
 
 
+class Prediction(msgspec.Struct, frozen=True, kw_only=True):
+    """What the cost model expects of a share, in the units in which it is measured later.
+
+    Fields: one optimizer step, all of them, the transfers (0 while the link is unknown); the training child's peak memory
+    beside the limit it was planned for; bytes that go up; progress is steps x batch efficiency x captured importance, the
+    number that the planner maximises (its unit means nothing).
+    """
+
+    step_s: float
+    train_s: float
+    down_s: float
+    up_s: float
+    peak_bytes: int
+    limit_bytes: int
+    up_bytes: int
+    progress: float
+
+
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
     """Ranks per matrix (a matrix that is missing is not trained), base width, and the shape of local training."""
 
@@ -17,3 +35,16 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     accumulation: int = 1
     checkpointing: bool = False
     why: str = ""
+    """One line for people: how the numbers above came about."""
+    limit: str = ""
+    """What keeps this agent from more: memory, time, data, rank, pins, or "" when nobody looked."""
+    importance: float = 0.0
+    """Share of the total gain that the chosen ranks capture, 0 to 1."""
+    predicted: Prediction | None = None
+    what_if: dict[str, float] = {}
+    """Change -> how many times the progress it would bring, such as {"1 GiB more memory": 1.12}."""
+
+    @property
+    def n_samples(self) -> int:
+        """Samples of all steps; with packing, rows."""
+        return self.n_steps * self.batch * self.accumulation

@@ -9,7 +9,7 @@ import msgspec
 
 from coordinator.core.choice import Choice
 from coordinator.core.spec import JobSpec
-from protocol.messages import Blob, Evaluated, ExecState, Offer, Report, Surveyed
+from protocol.messages import Blob, Calibrated, Evaluated, ExecState, Offer, Report, Surveyed
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", omit_defaults=True):
@@ -64,6 +64,7 @@ class ShareMoved(Event, frozen=True, kw_only=True):
     state: ExecState
     reason: str = ""
     surveyed: Surveyed | None = None
+    calibrated: Calibrated | None = None
     evaluated: Evaluated | None = None
 
 
@@ -75,10 +76,14 @@ class UpdateOffered(Event, frozen=True, kw_only=True):
 
 
 class UpdateStored(Event, frozen=True, kw_only=True):
-    """An offered update is complete, verified against its digest and its plan, and durable."""
+    """An offered update is complete, verified against its digest and its plan, and durable.
+
+    `scores`: what its agent measured on the way about the importance of each trained matrix, by rank-1 triplet, descending.
+    """
 
     agent: str
     offer: Offer
+    scores: dict[str, list[float]] = {}
 
 
 class UpdateSpoiled(Event, frozen=True, kw_only=True):
@@ -96,6 +101,11 @@ class PlanReady(Event, frozen=True, kw_only=True):
     round: int
     attempt: int
     choices: dict[str, Choice]
+    reason: str = ""
+    """Why it was planned anew."""
+    train_s: float | None = None
+    left_out: dict[str, str] = {}
+    """Agents that cannot take part, with the reason."""
     notes: list[str] = []
 
 

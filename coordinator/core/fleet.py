@@ -16,7 +16,7 @@ import msgspec
 
 from coordinator.core import actions as act
 from coordinator.core import events as ev
-from coordinator.core import survey, uploads
+from coordinator.core import planning, survey, uploads
 from coordinator.core.job import Job
 from coordinator.core.state import ENDED, STATE_VERSION, AgentState, FleetState, JobState, Phase
 from protocol.errors import BadConfig
@@ -110,9 +110,9 @@ class Fleet:
             case ev.ShareMoved():
                 job.share_moved(event)
             case ev.PlanReady():
-                job.plan_ready(event)
+                planning.ready(job, event)
             case ev.PlanFailed():
-                job.plan_failed(event)
+                planning.failed(job, event)
             case ev.Aggregated():
                 job.aggregated(event)
             case ev.AggregateFailed():

@@ -17,11 +17,10 @@ update may enter the next aggregate at a discount, so work that was done is not 
 from __future__ import annotations
 
 import math
-import random
 
 from coordinator.core import actions as act
 from coordinator.core import events as ev
-from coordinator.core import plans, survey
+from coordinator.core import learning, planning, plans, survey
 from coordinator.core.choice import Choice
 from coordinator.core.state import (
     ENDED,
@@ -51,7 +50,8 @@ class Job:
 
     # ------------------------------------------------------------------------------------------------------- phases
 
-    def _move(self, to: Phase, reason: str = "") -> None:
+    def move(self, to: Phase, reason: str = "") -> None:
+        """Go over to another phase.  Raises IllegalMove for one that MOVES does not hold."""
         if to not in MOVES[self.state.phase]:
             story = f"job {self.name}: {self.state.phase} -> {to} in round {self.state.round_number}: {reason}"
             raise IllegalMove(story)
@@ -68,7 +68,7 @@ class Job:
             self.end_share(share, self.state.round_number + 1, ExecState.CANCELLED, reason)
         if self.state.round:
             self._record(reason or str(to))
-        self._move(to, reason)
+        self.move(to, reason)
         self.state.ended_at, self.state.round = self.now, None
         self.out.append(act.Finish(job=self.name, phase=str(to), reason=reason))
 
@@ -100,11 +100,13 @@ class Job:
     # ------------------------------------------------------------------------------------------------- start a round
 
     def may_join(self, agent: AgentState) -> bool:
-        """Whether this agent is there, is wanted, and knows the method."""
+        """Whether this agent is there, is wanted, knows the method and may train at present."""
         only = self.state.spec.job.only
-        return agent.online and (not only or agent.id in only) and self.state.spec.job.method in agent.methods
+        wanted = agent.online and (not only or agent.id in only) and self.state.spec.job.method in agent.methods
+        return wanted and not (agent.report and agent.report.allowance and agent.report.allowance.paused)
 
-    def _ready(self) -> list[str]:
+    def ready(self) -> list[str]:
+        """Agents that could take a share of the next round now."""
         agents, members = self.fleet.agents, self.state.members
         taken = self.held_elsewhere() | self.state.carried.keys()
         return [
@@ -115,29 +117,29 @@ class Job:
 
     def _start(self) -> None:
         if self.state.carried and len(self.state.carried) >= self.state.quorum:
-            self._open("train", {})  # what a failed attempt lacked came in after it
+            self.open("train", {})  # what a failed attempt lacked came in after it
             return
         first = self.state.round_number == 0 and self.state.attempt == 0
         pending = first and not all(self._vanished(s) for s in self._open_surveys())
         if not pending:
             if any(m.surveyed for m in self.state.members.values()):
                 survey.pin_base(self)
-            ready = self._ready()
+            ready = self.ready()
             if self._more_to_come(ready):
                 return
             if self._is_final:
                 if not survey.return_by(self):
-                    self._open("evaluate", {a: plans.evaluation_choice(self.state, a) for a in ready})
+                    self.open("evaluate", {a: plans.evaluation_choice(self.state, a) for a in ready})
                 return
-            if ready and len(ready) >= self._needed(first=first):
-                self._plan(ready)
+            if ready and len(ready) >= self.needed(first=first):
+                planning.start(self, ready)
                 return
         if self.now >= self.state.waiting_since + self.rules.wait_s:
             self.end(Phase.FAILED, plans.no_agents(self.state, self.fleet))
 
     def _more_to_come(self, ready: list[str]) -> bool:
         """Whether to wait for agents of another job: jobs take turns, none lives on what another leaves over."""
-        enough = not self._is_final and self.rules.n_agents and len(ready) >= self._wanted()
+        enough = not self._is_final and self.rules.n_agents and len(ready) >= self.wanted()
         if enough or self.now >= self.state.waiting_since + self.rules.wait_s:
             return False
         held = self.held_elsewhere()
@@ -150,59 +152,31 @@ class Job:
         others = (j for j in self.fleet.jobs.values() if j is not self.state and j.phase is Phase.PLANNING)
         return {agent for other in others for agent in other.planned}
 
-    def _wanted(self) -> int:
+    def wanted(self) -> int:
+        """How many agents shall be asked."""
         return math.ceil(self.rules.n_agents * self.rules.over_select_ratio) - len(self.state.carried)
 
-    def _needed(self, *, first: bool) -> int:
+    def needed(self, *, first: bool) -> int:
+        """How many agents a round must have; for the first one more are waited for at first."""
         patient = first and self.now < self.state.waiting_since + self.rules.start_wait_s
         wanted = max(self.rules.min_agents, self.rules.start_agents if patient else 0)
         return wanted - len(self.state.carried)
-
-    def _plan(self, ready: list[str]) -> None:
-        if self.rules.n_agents:
-            purpose = f"select/{self.state.attempt}"  # another attempt should not insist on the same stragglers
-            draw = random.Random(plans.seed_of(self.state, self.state.round_number + 1, purpose))
-            ready = sorted(draw.sample(ready, min(max(self._wanted(), 1), len(ready))))
-        self.state.planned = ready
-        self._move(Phase.PLANNING)
-        self.out.append(self._make_plan())
-
-    def _make_plan(self) -> act.MakePlan:
-        number = self.state.round_number + 1
-        return act.MakePlan(job=self.name, round=number, attempt=self.state.attempt, agents=self.state.planned)
 
     @property
     def _is_final(self) -> bool:
         return self.state.round_number >= self.rules.n_rounds
 
-    def plan_ready(self, event: ev.PlanReady) -> None:
-        """Open the round with those of the planned agents that are still free; with too few, wait."""
-        if not self._awaits(Phase.PLANNING, event.round, event.attempt):
-            return
-        needed, ready = max(1, self._needed(first=False)), set(self._ready())
-        free = {a: c for a, c in event.choices.items() if a in ready}
-        if len(event.choices) < needed:  # asking again would bring the same answer
-            why = "; ".join(event.notes[:5])
-            self.end(Phase.FAILED, f"plan: {len(event.choices)} of the {needed} agents needed can take part: {why}")
-        elif len(free) < needed:
-            self._move(Phase.WAITING, "planned agents left")
-        else:
-            self._open("train", free)
-
-    def plan_failed(self, event: ev.PlanFailed) -> None:
-        """No plan, no round: the job ends and says what the planner said."""
-        if self._awaits(Phase.PLANNING, event.round, event.attempt):
-            self.end(Phase.FAILED, f"plan: {event.reason}")
-
-    def _awaits(self, phase: Phase, number: int, attempt: int) -> bool:
+    def awaits(self, phase: Phase, number: int, attempt: int) -> bool:
+        """Whether this is what the job waits for now."""
         asked = (self.state.round_number + 1, self.state.attempt)
         return self.state.phase is phase and (number, attempt) == asked
 
-    def _open(self, purpose: Purpose, choices: dict[str, Choice]) -> None:
+    def open(self, purpose: Purpose, choices: dict[str, Choice]) -> None:
+        """Open the next round: a share for each of these agents, beside those that a failed attempt left."""
         rules, trains = self.rules, purpose == "train"
         wanted = len(choices) + len(self.state.carried)
         target = min(rules.n_agents, wanted) if trains and rules.n_agents else wanted
-        stop_at = self.now + (rules.train_s if trains else rules.survey_s)
+        stop_at = self.now + (planning.train_s(self) if trains else rules.survey_s)
         self.state.round = Round(
             number=self.state.round_number + 1,
             attempt=self.state.attempt,
@@ -215,7 +189,7 @@ class Job:
             shares=dict(self.state.carried) if trains else {},
         )
         self.state.carried = {}
-        self._move(Phase.COLLECTING if trains else Phase.EVALUATING)
+        self.move(Phase.COLLECTING if trains else Phase.EVALUATING)
         for agent, choice in sorted(choices.items()):
             share = Share(agent=agent, attempt=self.state.attempt, choice=choice, assigned_at=self.now)
             self.state.round.shares[agent] = share
@@ -266,7 +240,7 @@ class Job:
         n_done = self._n_done()
         if n_done >= round_.quorum:
             round_.late, self.state.late = self.state.late, []
-            self._move(Phase.AGGREGATING)
+            self.move(Phase.AGGREGATING)
             self.out.append(plans.aggregate(self.state, round_))
         else:
             self._retry(f"quorum: {n_done} of the {round_.quorum} updates needed")
@@ -286,7 +260,7 @@ class Job:
                 f"{why} in round {round_.number} after {self.state.attempt} attempts; {'; '.join(ends[:5])}",
             )
         else:
-            self._move(Phase.WAITING, why)
+            self.move(Phase.WAITING, why)
 
     def _record(self, outcome: str) -> None:
         assert self.state.round is not None
@@ -307,21 +281,24 @@ class Job:
 
     def aggregated(self, event: ev.Aggregated) -> None:
         """A new version: the round is over."""
-        if not self._awaits(Phase.AGGREGATING, event.round, event.attempt):
+        if not self.awaits(Phase.AGGREGATING, event.round, event.attempt):
             return
         self._record("aggregated")
+        learning.overhead(self)
         state = self.state
         state.version, state.model, state.master = event.version, event.model, event.master
         state.round_number, state.attempt, state.round = event.round, 0, None
+        if event.version == 1 and state.plan and state.plan.train_s:
+            state.stale = "agents now carry the fleet's adapter too"
         oldest = event.round - self.rules.max_staleness
         state.missed = {a: {r: k for r, k in by.items() if r > oldest} for a, by in state.missed.items()}
         state.seen = {a: {r: d for r, d in by.items() if r > oldest} for a, by in state.seen.items()}
         self.out.append(act.Serve(job=self.name, blob=event.model))
-        self._move(Phase.WAITING)
+        self.move(Phase.WAITING)
 
     def aggregate_failed(self, event: ev.AggregateFailed) -> None:
         """The updates are all stored, so a failure here is the coordinator's own: a full disk, a missing file."""
-        if self._awaits(Phase.AGGREGATING, event.round, event.attempt):
+        if self.awaits(Phase.AGGREGATING, event.round, event.attempt):
             self.end(Phase.FAILED, f"aggregate: {event.reason}")
 
     # ------------------------------------------------------------------------------------------------- from agents
@@ -350,9 +327,11 @@ class Job:
         if event.state is ExecState.DONE and round_.purpose == "train":
             return  # only a stored update makes a training share done
         if event.state in TERMINAL:
+            if event.state is ExecState.FAILED:
+                learning.out_of_memory(self, event.agent, share.choice, event.reason)
             self.end_share(share, event.round, event.state, event.reason)
         else:
-            share.state = event.state
+            share.state, share.reason = event.state, event.reason
 
     def _share(self, event: ev.ShareMoved) -> Share | None:
         if event.round == 0:
@@ -392,6 +371,6 @@ class Job:
         for agent in sorted(state.members):
             self.rejoined(agent, reborn=False)
         if state.phase is Phase.PLANNING:
-            self.out.append(self._make_plan())
+            planning.ask(self)
         elif state.phase is Phase.AGGREGATING and state.round:
             self.out.append(plans.aggregate(state, state.round))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import Final
 
 import msgspec
 
@@ -21,9 +22,10 @@ from coordinator.core.state import (
     Share,
     ShareRecord,
 )
-from protocol.messages import Base, Bits, Evaluation, ExecState, JobCard, Offer, Plan, Training
+from protocol.messages import Base, Bits, Calibration, Evaluation, ExecState, JobCard, Offer, Plan, Training
 
 _ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+BITS: Final[tuple[Bits, ...]] = ("none", "int8", "nf4")
 
 
 def update_limit_bytes(job: JobState, ranks: dict[str, int]) -> int:
@@ -61,8 +63,30 @@ def survey_plan(job: JobState, member: Member, now: float) -> Plan:
         round=0,
         attempt=member.survey.attempt,
         bits=_bits(job, member.survey.agent),
+        calibration=_calibration(job, member.survey.agent),
         stop_after_s=left_s,
         ttl_s=left_s,
+    )
+
+
+def _calibration(job: JobState, agent: str) -> Calibration | None:
+    """What a survey shall measure for the planner; nothing where the job file decides it all."""
+    spec = job.spec
+    if spec.is_pinned(agent):
+        return None
+    rules, pins, train = spec.plan, spec.pins(agent), spec.train
+    return Calibration(
+        scorer=rules.scorer,
+        probe_rank=rules.probe_rank,
+        n_batches=rules.probe_batches,
+        warmup_steps=rules.warmup_steps,
+        bits=[pins.bits] if pins.bits else list(BITS),
+        batches=[pins.batch] if pins.batch else rules.batches,
+        learning_rate=train.learning_rate,
+        max_tokens=train.max_tokens,
+        packing=train.packing,
+        seed=spec.job.seed,
+        max_s=rules.calibrate_s,
     )
 
 
@@ -72,8 +96,9 @@ def evaluation_choice(job: JobState, agent: str) -> Choice:
 
 
 def _bits(job: JobState, agent: str) -> Bits:
-    override = job.spec.agents.get(agent)
-    return (override.bits if override else None) or job.spec.adapter.bits
+    """As the agent trains, so that its base stays loaded; before a plan, as pinned or as it fits most likely."""
+    planned = job.plan.choices.get(agent) if job.plan else None
+    return planned.bits if planned else job.spec.pins(agent).bits or "nf4"
 
 
 def _evaluation(job: JobState, round_: Round) -> Evaluation | None:
@@ -117,6 +142,7 @@ def share_plan(job: JobState, round_: Round, share: Share, now: float) -> Plan:
         model=job.model,
         ranks=share.choice.ranks if trains else {},
         alpha=job.spec.adapter.alpha,
+        predicted_bytes=share.choice.predicted.peak_bytes if share.choice.predicted else 0,
         train=_training(job, round_, share),
         evaluate=_evaluation(job, round_),
         update_dtype=job.spec.adapter.update_dtype,
@@ -192,6 +218,10 @@ def _share_record(share: Share) -> ShareRecord:
         evaluated=share.evaluated,
         bits=choice.bits if choice else "",
         rank_sum=sum(choice.ranks.values()) if choice else 0,
+        planned_samples=choice.n_samples if choice else 0,
+        step_s=offer.train_s / offer.steps if offer and offer.steps else 0.0,
+        peak_bytes=offer.peak_bytes if offer else 0,
+        predicted=choice.predicted if choice else None,
     )
 
 

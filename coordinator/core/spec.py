@@ -4,9 +4,14 @@
 [model]    which base
 [adapter]  which matrices, which ranks, which bits
 [train]    one round of local training
+[plan]     how the planner decides what the job file leaves open
 [round]    how many rounds, who is waited for and how long
 [evaluate] what is measured on held-out text
 [agents.ID] what differs for one agent
+
+What is not said about targets, rank, bits, batch, accumulation, checkpointing, number of steps and training time is for the
+planner to decide, per agent, from what the agent measured (coordinator/planner/).  What is said is a pin: it holds as it
+is, and a pin that cannot be kept is refused with the numbers.
 """
 
 from __future__ import annotations
@@ -32,16 +37,15 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Adapter(Table, frozen=True, kw_only=True):
     """Where adapters sit.  A target is the last part of a module's name, a whole name, or "all"."""
 
-    targets: Annotated[list[Name], Meta(min_length=1, max_length=20_000)] = msgspec.field(
-        default_factory=lambda: ["all"]
-    )
-    """At equal parameters low rank on every matrix matches high rank on a few, so: all."""
-    rank: Rank = 8
+    targets: Annotated[list[Name], Meta(min_length=1, max_length=20_000)] | None = None
+    """Pinned: exactly these matrices are trained."""
+    rank: Rank | None = None
+    """Pinned: every trained matrix has this rank."""
     alpha: Annotated[float, Meta(gt=0, le=1024)] = 2.0
     """The scale alpha / r of an update, the same for every rank, so that updates of mixed ranks add up."""
     max_rank: Rank = 32
     """Rank of the global adapter; what truncation drops is reported."""
-    bits: Bits = "nf4"
+    bits: Bits | None = None
     update_dtype: Wire = "bf16"
     """Half the bytes of fp32 at 0.16 % error of the round's update."""
     model_dtype: Wire = "bf16"
@@ -51,16 +55,60 @@ class Adapter(Table, frozen=True, kw_only=True):
 class Train(Table, frozen=True, kw_only=True):
     """One round of local training; every agent does the same unless its own table says otherwise."""
 
-    n_steps: Positive = 50
-    batch: Small = 8
-    accumulation: Small = 1
+    n_steps: Positive | None = None
+    batch: Small | None = None
+    accumulation: Small | None = None
     learning_rate: Annotated[float, Meta(gt=0, le=10)] = 2e-4
     weight_decay: Ratio = 0.0
     max_gradient_norm: Annotated[float, Meta(ge=0)] = 1.0
     warmup_steps: Annotated[int, Meta(ge=0)] = 0
     max_tokens: Annotated[int, Meta(ge=8, le=2**20)] = 512
     packing: bool = False
-    checkpointing: bool = False
+    checkpointing: bool | None = None
+
+
+class Planning(Table, frozen=True, kw_only=True):
+    """How the planner decides what is not pinned."""
+
+    scorer: Literal["gradient", "triplet"] = "gradient"
+    """How a matrix's importance is measured: both pick the same matrices, the gradient needs no warm-up."""
+    probe_rank: Annotated[int, Meta(ge=1, le=64)] = 8
+    probe_batches: Annotated[int, Meta(ge=1, le=10_000)] = 8
+    warmup_steps: Annotated[int, Meta(ge=0, le=10_000)] = 24
+    """Of the probe, for the triplet scorer."""
+    calibrate_s: Duration = 120.0
+    """An agent's measurements end after this long with what they have."""
+    scope: Literal["global", "local", "blend"] = "blend"
+    """Whose importance counts: the fleet's, weighted by samples, the agent's own, or both."""
+    blend: Ratio = 0.5
+    """Share of the agent's own importance in a blend."""
+    ranks: Annotated[list[Rank], Meta(min_length=1, max_length=16)] = msgspec.field(
+        default_factory=lambda: [1, 2, 4, 8, 16, 32, 64]
+    )
+    batches: Annotated[list[Small], Meta(min_length=1, max_length=16)] = msgspec.field(
+        default_factory=lambda: [1, 2, 4, 8, 16, 32]
+    )
+    thrift: Annotated[float, Meta(ge=0, lt=1)] = 0.02
+    """Progress that may be given up where it saves memory, time and bytes."""
+    memory_ratio: Annotated[float, Meta(gt=0, le=1)] = 0.9
+    """Share of an agent's free memory that a plan may fill."""
+    time_ratio: Annotated[float, Meta(gt=0, le=1)] = 0.9
+    """Share of the training time that a plan may fill: what is planned should be finished."""
+    max_epochs: Annotated[float, Meta(gt=0, le=1000)] = 1.0
+    """An agent passes over its own text at most this often in a round: beyond, it drifts away from the fleet."""
+    local_steps: Annotated[float, Meta(gt=0, le=10**7)] = 100.0
+    """Each further step of a round counts for less; after this many, for about a third."""
+    min_train_s: Duration = 5.0
+    max_train_s: Duration = 600.0
+    """Between these the planner looks for the training time of a round."""
+    overhead_s: Annotated[float, Meta(ge=0, le=10**6)] = 5.0
+    """What a round costs beside training and transfers until one has been measured."""
+    replan_every: Positive = 5
+    """Rounds after which a plan is made anew without a reason."""
+    drift_ratio: Annotated[float, Meta(gt=0, le=10)] = 0.2
+    """A step time or a memory that is off by more than this makes the next round be planned anew."""
+    max_gap: Annotated[float, Meta(gt=0, le=1)] = 1e-3
+    """A solution that is not certified to be this near the optimum is solved exactly."""
 
 
 class Rounds(Table, frozen=True, kw_only=True):
@@ -78,7 +126,7 @@ class Rounds(Table, frozen=True, kw_only=True):
     """Share of the wanted updates that makes a round count at its deadline."""
     over_select_ratio: Annotated[float, Meta(ge=1, le=10)] = 1.0
     """Ask this many times the wanted agents and close when enough have answered."""
-    train_s: Duration = 600.0
+    train_s: Duration | None = None
     """Agents stop training here and upload what they have."""
     grace_s: Duration = 60.0
     """For uploads after train_s; then the round closes."""
@@ -145,6 +193,34 @@ class JobSpec(Table, frozen=True, kw_only=True):
     model: Base
     adapter: Adapter = Adapter()
     train: Train = Train()
+    plan: Planning = Planning()
     round: Rounds = Rounds()
     evaluate: Evaluate = Evaluate()
     agents: dict[Id, Override] = {}
+
+    def __post_init__(self) -> None:
+        """Refuse a survey that ends before the measurements that belong to it."""
+        survey_s, calibrate_s = self.round.survey_s, self.plan.calibrate_s
+        if survey_s <= calibrate_s and not all(map(self.is_pinned, ["", *self.agents])):
+            raise ValueError(
+                f"round.survey_s = {survey_s:g} leaves no time for plan.calibrate_s = {calibrate_s:g}: raise the one "
+                "or lower the other"
+            )
+
+    def pins(self, agent: str) -> Override:
+        """What is pinned for one agent: its own table before the job's.  None stands for: the planner decides."""
+        own = self.agents.get(agent, Override())
+        return Override(
+            targets=own.targets or self.adapter.targets,
+            rank=own.rank or self.adapter.rank,
+            bits=own.bits or self.adapter.bits,
+            n_steps=own.n_steps or self.train.n_steps,
+            batch=own.batch or self.train.batch,
+            accumulation=own.accumulation or self.train.accumulation,
+            checkpointing=self.train.checkpointing if own.checkpointing is None else own.checkpointing,
+        )
+
+    def is_pinned(self, agent: str) -> bool:
+        """Whether nothing that needs a measurement is left to decide for this agent."""
+        pins = self.pins(agent)
+        return None not in (pins.targets, pins.rank, pins.bits, pins.n_steps, pins.batch)

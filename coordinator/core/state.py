@@ -7,9 +7,9 @@ from typing import Final, Literal
 
 import msgspec
 
-from coordinator.core.choice import Choice
+from coordinator.core.choice import Choice, Prediction
 from coordinator.core.spec import JobSpec
-from protocol.messages import Blob, Evaluated, ExecState, Matrix, Offer, Report, Surveyed
+from protocol.messages import Blob, Calibrated, Evaluated, ExecState, Matrix, Offer, Report, Surveyed
 
 STATE_VERSION: Final = 1
 
@@ -95,6 +95,14 @@ class Member(msgspec.Struct, kw_only=True):
     survey_close_at: float = 0.0
     surveyed: Surveyed | None = None
     excluded: str = ""
+    calibrated: Calibrated | None = None
+    uncalibrated: str = ""
+    """Why there are no measurements of this agent; it then takes part with defaults."""
+    time_factor: float = 1.0
+    memory_factor: float = 1.0
+    """Measured / predicted over the rounds so far: what the cost model is corrected by for this agent."""
+    oom_bytes: int = 0
+    """Predicted peak of the smallest share that ran out of memory all the same; the next must stay well below.  0: none."""
 
 
 class Contribution(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,6 +130,12 @@ class ShareRecord(msgspec.Struct, frozen=True, kw_only=True):
     evaluated: Evaluated | None = None
     bits: str = ""
     rank_sum: int = 0
+    planned_samples: int = 0
+    step_s: float = 0.0
+    """Measured: one optimizer step."""
+    peak_bytes: int = 0
+    """Measured: the training child's peak memory."""
+    predicted: Prediction | None = None
 
 
 class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,6 +150,21 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
     wall_s: float
     loss: float | None
     shares: dict[str, ShareRecord]
+
+
+class RoundPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What the planner decided last, for which round and why; it holds for the next rounds until there is a reason to renew it.
+
+    Fields: train_s is the training time of a round, None where the job's own holds; choices by agent; agents that cannot
+    take part, with the reason.
+    """
+
+    round: int
+    reason: str
+    train_s: float | None = None
+    choices: dict[str, Choice] = {}
+    left_out: dict[str, str] = {}
+    notes: list[str] = []
 
 
 class JobState(msgspec.Struct, kw_only=True):
@@ -160,6 +189,11 @@ class JobState(msgspec.Struct, kw_only=True):
     round: Round | None = None
     planned: list[str] = []
     """Agents that the planner was last asked about."""
+    plan: RoundPlan | None = None
+    overhead_s: float = 0.0
+    """What the last rounds cost beside training; 0 until one has ended."""
+    stale: str = ""
+    """Why the plan does not hold any more; empty while it does."""
     carried: dict[str, Share] = {}
     """Finished shares of a failed attempt: the next attempt of the round starts with them."""
     quorum: int = 0

@@ -54,7 +54,8 @@ def moved(job: Job, share: Share, event: ev.ShareMoved) -> None:
         return
     member = job.state.members[event.agent]
     if event.state is ExecState.DONE and event.surveyed and event.surveyed.n_train > 0:
-        member.surveyed = event.surveyed
+        member.surveyed, member.calibrated = event.surveyed, event.calibrated
+        member.uncalibrated = "" if event.calibrated else event.reason
         job.end_share(share, 0, ExecState.DONE, "")
     else:
         member.excluded = event.reason or "the survey brought nothing to train on"

@@ -13,6 +13,7 @@ from enum import StrEnum
 
 from coordinator.core import actions as act
 from coordinator.core import events as ev
+from coordinator.core import learning
 from coordinator.core.choice import Choice
 from coordinator.core.job import Job
 from coordinator.core.plans import contribution, update_limit_bytes
@@ -70,7 +71,7 @@ def _fault(job: Job, offer: Offer, choice: Choice) -> str:
     limit = update_limit_bytes(job.state, choice.ranks)
     train = job.state.spec.train
     row_samples = train.max_tokens if train.packing else 1  # a packed row holds one sample per token at the utmost
-    planned = choice.n_steps * choice.batch * choice.accumulation * row_samples
+    planned = choice.n_samples * row_samples
     if offer.blob.size > limit:
         return f"bad update: {offer.blob.size} bytes offered where the plan allows {limit}"
     if offer.samples < 1:
@@ -127,6 +128,7 @@ def stored(job: Job, event: ev.UpdateStored) -> None:
         _decline(job, agent, offer, reason)
         return
     if place is not Place.KNOWN:
+        learning.learn(job, agent, _choice(job, agent, offer), offer, event.scores)
         _take(job, agent, offer, place)
     job.out.append(act.Acknowledge(agent=agent, xfer=offer.blob.xfer))
 

@@ -6,11 +6,16 @@ A target is "all", a whole module name, or a suffix of one that starts at a dot:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 from coordinator.core.choice import Choice
-from coordinator.core.spec import JobSpec, Override
+from coordinator.core.spec import JobSpec
 from protocol.errors import BadConfig
 from protocol.messages import Matrix
+
+RANK: Final = 8
+BATCH: Final = 8
+N_STEPS: Final = 50
 
 
 def select(matrices: Sequence[Matrix], targets: Iterable[str]) -> list[Matrix]:
@@ -25,17 +30,17 @@ def select(matrices: Sequence[Matrix], targets: Iterable[str]) -> list[Matrix]:
     return [chosen[name] for name in sorted(chosen)]
 
 
-def choose(spec: JobSpec, agent: str, matrices: Sequence[Matrix]) -> Choice:
-    """One agent's choice.  A rank is never above min(d_in, d_out).  Raises BadConfig for a target that names nothing."""
-    own = spec.agents.get(agent, Override())
-    rank = own.rank or spec.adapter.rank
-    chosen = select(matrices, own.targets or spec.adapter.targets)
+def choose(spec: JobSpec, agent: str, matrices: Sequence[Matrix], why: str = "by default") -> Choice:
+    """One agent's choice, with plain defaults for what the job file leaves open.  A rank is never above min(d_in, d_out).  Raises BadConfig for a target that names nothing."""
+    pins = spec.pins(agent)
+    chosen = select(matrices, pins.targets or ["all"])
+    rank = pins.rank or RANK
     return Choice(
         ranks={m.name: min(rank, m.d_in, m.d_out) for m in chosen},
-        bits=own.bits or spec.adapter.bits,
-        n_steps=own.n_steps or spec.train.n_steps,
-        batch=own.batch or spec.train.batch,
-        accumulation=own.accumulation or spec.train.accumulation,
-        checkpointing=spec.train.checkpointing if own.checkpointing is None else own.checkpointing,
-        why="as the job file says",
+        bits=pins.bits or "nf4",
+        n_steps=pins.n_steps or N_STEPS,
+        batch=pins.batch or BATCH,
+        accumulation=pins.accumulation or 1,
+        checkpointing=bool(pins.checkpointing),
+        why="as the job file says" if spec.is_pinned(agent) else why,
     )

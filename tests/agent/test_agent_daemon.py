@@ -9,18 +9,26 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import os
+import subprocess
+import sys
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
+import msgspec
+import psutil
 import pytest
 
 from agent.bases import BasesConfig
 from agent.config import AgentConfig
 from agent.daemon import Agent
 from agent.data import DataConfig
+from agent.host import Host
+from agent.limits import Limits, YieldTo
+from agent.probe import PROBE
 from agent.supervisor import ChildConfig
 from protocol import codec
 from protocol.blobs import Blobs
@@ -31,6 +39,7 @@ from protocol.messages import (
     Base,
     Blob,
     Body,
+    Calibration,
     Cancel,
     CoordinatorState,
     Done,
@@ -56,7 +65,7 @@ topics = Topics("main")
 
 PLUG_IN = """
 from pathlib import Path
-from agent.child import Evaluated, Finished, Phase, Stepped
+from agent.child import Calibrated, Evaluated, Finished, Phase, Stepped, Surveyed
 from protocol import messages
 from protocol.methods import Method
 
@@ -67,7 +76,10 @@ class Plugged:
 
     def survey(self, task):
         matrix = messages.Matrix(name="m", d_out=1, d_in=1)
-        return messages.Surveyed(base_sha256="0" * 64, matrices=[matrix], n_train=1, n_eval=0)
+        yield Surveyed(result=messages.Surveyed(base_sha256="0" * 64, matrices=[matrix], n_train=1, n_eval=0))
+        if task.plan.calibration is not None:
+            yield Calibrated(result=messages.Calibrated(device=task.calibrations, probe_rank=1, scores=b"1234"))
+        return Finished()
 
     def train(self, task):
         plan = task.plan
@@ -80,7 +92,8 @@ class Plugged:
             step += 1
             stop = yield Stepped(step=step, n_steps=plan.train.n_steps, samples=step, loss=1.0, tokens=1, seconds=0.1)
         Path(task.out_file).write_bytes(b"update" * 1000 + b"%d" % plan.round)
-        return Finished(file=task.out_file, samples=step, stopped="stop" if stop else "")
+        why = "stop" if stop else ""
+        return Finished(file=task.out_file, samples=step, steps=step, stopped=why, peak_bytes=7)
 """
 
 
@@ -277,8 +290,12 @@ async def test_a_survey_and_two_rounds(stage: Stage, cloud: Cloud) -> None:
     birth = await cloud.hears(Presence, online=True)
     assert birth.methods == ["plugged"]
     await cloud.hears(Report)
-    cloud.give(a_plan(round=0, purpose="survey", train=None))
-    surveyed = (await cloud.hears_of("ACCEPTED", "DONE", round=0)).surveyed
+    cloud.give(a_plan(round=0, purpose="survey", train=None, calibration=Calibration()))
+    done = await cloud.hears_of("ACCEPTED", "DONE", round=0)
+    assert done.calibrated is not None
+    assert done.calibrated.scores == b"1234"
+    assert done.calibrated.device == str(Path(stage.config.state_dir) / "calibrations")
+    surveyed = done.surveyed
     assert surveyed is not None
     assert surveyed.n_train == 1
 
@@ -295,6 +312,7 @@ async def test_a_survey_and_two_rounds(stage: Stage, cloud: Cloud) -> None:
     assert (training.evaluated.version, training.evaluated.loss) == (1, model.size), "the child was given the model"
     offer = await cloud.hears(Offer, round=2)
     assert (offer.samples, offer.stopped, offer.bytes_down, offer.blob.chunk) == (3, "", model.size, CHUNK)
+    assert (offer.steps, offer.peak_bytes) == (3, 7)
     await cloud.hears_of("DONE", round=2)
     assert len(cloud.updates) == 2
     assert list((stage.agent.folder / "outbox").iterdir()) == []
@@ -443,3 +461,107 @@ async def test_bad_messages_are_logged_once_and_change_nothing(
     await cloud.hears_of("DONE")
     bad: list[Callable[[], None]] = [r for r in caplog.records if vars(r).get("action") == "bad_message"]  # type: ignore[misc]
     assert len(bad) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------- the host
+
+
+def watchful(*, hours: tuple[str, ...] = (), **yield_to: float) -> Limits:
+    """Looks at the device so often that a test need not wait, and never goes back."""
+    return Limits(hours=list(hours), yield_to=YieldTo(**{"every_s": 0.05, "patience": 2, "quiet_s": 1e5} | yield_to))
+
+
+def limited(stage: Stage, *hours: str) -> None:
+    stage.config = msgspec.structs.replace(stage.config, limits=watchful(hours=hours))
+
+
+@contextmanager
+def hog(code: str) -> Iterator[None]:
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "ready\n"
+            yield
+        finally:
+            process.kill()
+
+
+async def test_outside_its_hours_it_says_so_and_holds_its_plan(stage: Stage, cloud: Cloud) -> None:
+    hour = (time.localtime().tm_hour + 6) % 24
+    limited(stage, f"{hour:02}:00-{hour:02}:59")
+    await stage.start()
+    allowance = (await cloud.hears(Report)).allowance
+    assert "may run at" in allowance.paused
+    assert allowance.memory_bytes > 0
+    cloud.give(a_plan())
+    assert "paused for the host: training may run at" in (await cloud.hears_of("ACCEPTED", "PREPARING")).reason
+    assert stage.agent.training.supervisor.pid is None
+    cloud.give(a_plan(stop_after_s=0.0, ttl_s=10.0))
+    assert "paused for the host" in (await cloud.hears_of("TIMED_OUT")).reason
+
+
+async def test_a_service_that_computes_gets_the_processor_and_the_round_still_ends(stage: Stage, cloud: Cloud) -> None:
+    limited(stage)
+    agent = await stage.start()
+    cloud.give(a_plan(n_steps=10**6))
+    await cloud.hears_of("TRAINING")
+    await cloud.hears(Progress, phase="training")
+    agent.host = Host(watchful(max_other_cpu=0.2 / (os.cpu_count() or 1)))
+    with hog("print('ready', flush=True)\nwhile True: pass"):
+        assert "of the CPU" in (await cloud.hears_of("TRAINING")).reason
+        await cloud.hears(Progress, phase="paused")
+    cloud.give(a_plan(n_steps=10**6, stop_after_s=0.0, ttl_s=60.0))
+    offer = await cloud.hears(Offer)
+    assert offer.stopped == "deadline"
+    assert 0 < offer.samples < 10**6
+    await cloud.hears_of("DONE")
+
+
+async def test_a_service_that_needs_memory_gets_all_that_the_child_holds(stage: Stage, cloud: Cloud) -> None:
+    limited(stage)
+    agent = await stage.start()
+    cloud.give(a_plan(n_steps=10**6))
+    await cloud.hears(Progress, phase="training")
+    available = psutil.virtual_memory().available
+    taken = min(3 * 2**30, available // 4)
+    agent.host = Host(watchful(min_free_bytes=available - taken // 2))
+    with hog(f"import time\nx = b'x' * {taken}\nprint('ready', flush=True)\ntime.sleep(600)"):
+        offer = await cloud.hears(Offer)
+        await cloud.hears_of("DONE")
+    assert offer.stopped.startswith("the host needs its memory: ")
+    assert offer.samples > 0
+    assert agent.core.host == "stop"
+    leaving = agent.training.supervisor._farewell
+    if leaving is not None:
+        await leaving
+    assert agent.training.supervisor.pid is None, "its memory is free long before it would have been let go"
+
+
+async def test_the_uplink_is_measured_once_before_anything_was_uploaded(stage: Stage, cloud: Cloud) -> None:
+    probes: list[int] = []
+
+    def count(topic: str, payload: bytes) -> bool:
+        if topic == topics.up_chunk("a1", PROBE):
+            probes.append(len(payload))
+        return False
+
+    stage.broker.drop = count
+    agent = await stage.start()
+    while not (await cloud.hears(Report)).up_bytes_per_s:
+        pass
+    assert probes == [1, CHUNK]
+    assert cloud.exchange.receiving.counts.n_stray == 2, "dropped unread"
+    stage.broker.cut("a1")
+    await cloud.hears(Presence, online=True)
+    cloud.give(a_plan())
+    await cloud.hears_of("DONE")
+    assert probes == [1, CHUNK], "not at every connection"
+    assert agent.link.up_bytes_per_s > 0
+
+
+async def test_an_uplink_that_is_not_to_be_measured_is_not(stage: Stage, cloud: Cloud) -> None:
+    stage.config = msgspec.structs.replace(stage.config, probe_bytes=0)
+    agent = await stage.start()
+    cloud.give(a_plan(n_steps=10**6))
+    await cloud.hears_of("TRAINING")
+    assert agent.link.up_bytes_per_s == 0

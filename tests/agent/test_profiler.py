@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.profiler import Cap, Link, cgroup_cap, changed, profile
-from protocol.messages import Gpu, Report
+from agent.limits import Limits
+from agent.profiler import Cap, Link, cgroup_cap, changed, own_ram, profile, training_gpu
+from protocol.messages import Allowance, Gpu, Report
 
 
 def test_report_of_this_machine_is_true_and_legal(tmp_path: Path) -> None:
@@ -24,6 +25,35 @@ def test_report_of_this_machine_is_true_and_legal(tmp_path: Path) -> None:
     assert report.disk_free_bytes == pytest.approx(psutil.disk_usage(str(tmp_path)).free, rel=0.05)
     assert set(report.bits) == {"none", "int8", "nf4"}
     assert msgspec.json.decode(msgspec.json.encode(report), type=Report) == report
+
+
+def test_the_allowance_is_what_the_limits_leave_of_this_machine(tmp_path: Path) -> None:
+    limits = Limits(memory_bytes=2**20, reserve_bytes=0, max_rank=8, max_batch=4, bits=["nf4"])
+    report = profile(tmp_path, limits=limits, device="cpu", paused="not before 20:00")
+    assert report.allowance == Allowance(memory_bytes=2**20, max_rank=8, max_batch=4, paused="not before 20:00")
+    assert report.bits == ["nf4"]
+    free = profile(tmp_path, limits=Limits(reserve_bytes=2**29), device="cpu", child=os.getpid())
+    assert free.allowance is not None
+    room = free.ram_available_bytes + own_ram(os.getpid()) - 2**29
+    assert free.allowance.memory_bytes == pytest.approx(room, rel=0.1)
+
+
+def test_limits_that_leave_no_width_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.profiler._bits", lambda _: ["none"])  # as without bitsandbytes
+    report = profile(tmp_path, limits=Limits(bits=["int8", "nf4"]))
+    assert report.bits == []
+    assert any("limits.bits" in note and "allow one of these" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(("wanted", "index"), [("auto", 0), ("cuda", 0), ("cuda:1", 1), ("cuda:7", 0), ("cpu", None)])
+def test_the_device_that_torch_will_take(monkeypatch: pytest.MonkeyPatch, wanted: str, index: int | None) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "2.9.0+cu128")
+    devices = [GPU, msgspec.structs.replace(GPU, index=1)]
+    found = training_gpu(wanted, devices)
+    assert (found.index if found else None) == index
+    assert training_gpu(wanted, []) is None
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "2.9.0+cpu")
+    assert training_gpu(wanted, devices) is None
 
 
 def test_no_gpu_is_said_and_not_raised(tmp_path: Path) -> None:
@@ -92,6 +122,7 @@ def test_more_in_use_than_allowed_leaves_nothing(tmp_path: Path) -> None:
 
 
 GPU = Gpu(index=0, name="A", total_bytes=100, free_bytes=80, utilization_ratio=0.2, temperature_c=40)
+ALLOWANCE = Allowance(device="A", memory_bytes=1000)
 CALM = Report(
     gpus=[GPU],
     driver="1",
@@ -103,6 +134,7 @@ CALM = Report(
     up_bytes_per_s=100,
     down_bytes_per_s=100,
     bits=["none"],
+    allowance=ALLOWANCE,
 )
 
 
@@ -120,6 +152,10 @@ CALM = Report(
         {"down_bytes_per_s": 130},
         {"bits": ["none", "nf4"]},
         {"notes": ["something"]},
+        {"allowance": None},
+        {"allowance": msgspec.structs.replace(ALLOWANCE, memory_bytes=890)},
+        {"allowance": msgspec.structs.replace(ALLOWANCE, paused="not before 20:00")},
+        {"allowance": msgspec.structs.replace(ALLOWANCE, max_batch=2)},
         {"gpus": [msgspec.structs.replace(GPU, free_bytes=60)]},
         {"gpus": [msgspec.structs.replace(GPU, n_other_processes=1)]},
         {"gpus": [msgspec.structs.replace(GPU, utilization_ratio=0.9)]},
@@ -141,6 +177,7 @@ def test_what_a_planner_would_notice_is_a_change(change: dict[str, object]) -> N
         {"ram_available_bytes": 550},
         {"disk_free_bytes": 950},
         {"up_bytes_per_s": 110},
+        {"allowance": msgspec.structs.replace(ALLOWANCE, memory_bytes=950)},
         {"gpus": [msgspec.structs.replace(GPU, free_bytes=75, power_w=200, temperature_c=45, utilization_ratio=0.4)]},
     ],
 )

@@ -11,9 +11,23 @@ import pytest
 from agent.core import actions as act
 from agent.core import events as ev
 from agent.core.session import CHILD_GRACE_S, Session
-from protocol.messages import Base, Blob, Evaluated, ExecState, Level, Matrix, Offer, Plan, Surveyed, Training
+from protocol.messages import (
+    Base,
+    Blob,
+    Calibrated,
+    Calibration,
+    Evaluated,
+    ExecState,
+    Level,
+    Matrix,
+    Offer,
+    Plan,
+    Surveyed,
+    Training,
+)
 
 T0 = 1_750_000_000.0
+CALIBRATED = Calibrated(device="cpu", probe_rank=1, scores=b"\0\0\0\0")
 SURVEYED = Surveyed(base_sha256="b" * 64, matrices=[Matrix(name="q", d_out=8, d_in=8)], n_train=90, n_eval=10)
 EVALUATED = Evaluated(version=1, n_samples=10, n_tokens=320, loss=2.5)
 
@@ -49,6 +63,10 @@ def a_plan(**changes: Any) -> Plan:
 def an_offer(plan: Plan, *, samples: int = 7, tag: str = "") -> Offer:
     blob = Blob(sha256=sha(f"{plan.job}/{plan.round}/{plan.attempt}/{tag}"), size=100)
     return Offer(job=plan.job, round=plan.round, attempt=plan.attempt, kind="lora", blob=blob, samples=samples)
+
+
+def host(level: ev.Level, reason: str = "") -> ev.HostSpoke:
+    return ev.HostSpoke(level=level, reason=reason)
 
 
 class Play:
@@ -135,11 +153,38 @@ class Play:
 def test_a_survey_is_answered_with_what_the_child_found() -> None:
     play = Play().plan(round=0, purpose="survey", train=None)
     play.brings(act.Say, act.StartChild).says(ExecState.ACCEPTED)
-    play.wish(act.StartChild, model_sha256="", bytes_down=0, time_limit_s=100.0)
+    play.wish(act.StartChild, model_sha256="", bytes_down=0)
     play.began("loading").says(ExecState.PREPARING)
     play.feed(ev.ChildSurveyed(result=SURVEYED)).says(ExecState.PREPARING, surveyed=SURVEYED)
     play.finished().brings(act.Say).says(ExecState.DONE, round=0, surveyed=SURVEYED)
     play.idle()
+
+
+def test_a_survey_that_calibrates_brings_both_with_its_last_word() -> None:
+    play = Play().plan(round=0, purpose="survey", train=None, calibration=Calibration())
+    play.began("loading").feed(ev.ChildSurveyed(result=SURVEYED)).says(ExecState.PREPARING, calibrated=None)
+    play.began("calibrating").brings()
+    play.feed(ev.ChildCalibrated(result=CALIBRATED)).brings()
+    play.finished().brings(act.Say)
+    play.says(ExecState.DONE, surveyed=SURVEYED, calibrated=CALIBRATED, reason="").idle()
+
+
+def test_a_calibration_that_fails_does_not_fail_its_survey() -> None:
+    def surveyed() -> Play:
+        play = Play().plan(round=0, purpose="survey", train=None, calibration=Calibration())
+        return play.began("loading").feed(ev.ChildSurveyed(result=SURVEYED)).began("calibrating")
+
+    play = surveyed().finished(stopped="nf4: out_of_memory")
+    play.says(ExecState.DONE, surveyed=SURVEYED, calibrated=None, reason="not calibrated: nf4: out_of_memory").idle()
+    play = surveyed().failed("died: SIGKILL (out of memory?)")
+    play.says(ExecState.DONE, surveyed=SURVEYED, reason="not calibrated: died: SIGKILL (out of memory?)").idle()
+    play = surveyed().tick().tick()
+    play.brings(act.KillChild, act.Say).says(
+        ExecState.DONE, surveyed=SURVEYED, reason="not calibrated: the training child did not stop in time"
+    )
+    play.failed("died").brings().idle()
+    play = Play().plan(round=0, purpose="survey", train=None, calibration=Calibration()).began("loading")
+    play.failed("bad_config: no such base").says(ExecState.FAILED, reason="bad_config: no such base").idle()
 
 
 def test_the_first_round_trains_without_a_model() -> None:
@@ -163,7 +208,7 @@ def test_a_later_round_fetches_the_model_evaluates_it_and_trains() -> None:
     assert play.session.wanted_model == MODEL.levels[4].sha256
     play.fetched("c" * 64).brings()
     play.at(30.0).fetched(MODEL.levels[4].sha256).brings(act.StartChild)
-    play.wish(act.StartChild, model_sha256=MODEL.levels[4].sha256, bytes_down=5000, time_limit_s=70.0)
+    play.wish(act.StartChild, model_sha256=MODEL.levels[4].sha256, bytes_down=5000)
     play.began("evaluating").brings()
     play.feed(ev.ChildEvaluated(result=EVALUATED)).says(ExecState.PREPARING, evaluated=EVALUATED)
     play.began("training").says(ExecState.TRAINING, evaluated=EVALUATED)
@@ -314,7 +359,7 @@ def test_a_new_plan_waits_for_the_end_of_the_child() -> None:
     play.wish(act.StopChild, reason="superseded by a newer plan")
     play.at(40.0).finished(an_offer(a_plan())).brings(act.ForgetUpdate, act.Say, act.Say, act.StartChild)
     play.says(ExecState.CANCELLED, round=1).says(ExecState.ACCEPTED, round=2)
-    play.wish(act.StartChild, plan=a_plan(round=2), time_limit_s=70.0)
+    play.wish(act.StartChild, plan=a_plan(round=2))
     assert play.session.wake_at == T0 + 110.0, "its time ran while it waited"
 
 
@@ -463,3 +508,66 @@ def test_a_stop_forgets_a_waiting_plan() -> None:
 def test_a_stop_while_fetching_ends_at_once() -> None:
     Play().plan(model=MODEL).feed(ev.StopAsked(reason="the agent is stopping")).brings(act.DropModel, act.Say).idle()
     Play().feed(ev.StopAsked(reason="the agent is stopping")).brings().idle()
+
+
+# ----------------------------------------------------------------------------------------------------------- the host
+
+
+def test_while_the_host_computes_the_child_is_held_and_the_coordinator_knows() -> None:
+    play = Play().plan().began("training").feed(host("pause", "a service"))
+    play.brings(act.PauseChild, act.Say).says(ExecState.TRAINING, reason="paused for the host: a service")
+    play.began("paused").brings()
+    play.feed(ev.BusUp()).says(ExecState.TRAINING, reason="paused for the host: a service")
+    play.feed(host("run")).brings(act.ResumeChild, act.Say).says(ExecState.TRAINING, reason="")
+    play.finished(an_offer(a_plan())).says(ExecState.UPLOADING)
+
+
+def test_a_pause_longer_than_the_round_ends_with_what_there_is() -> None:
+    play = Play().plan().began("training").feed(host("pause", "a service"))
+    play.tick().brings(act.StopChild).wish(act.StopChild, reason="deadline")
+    play.feed(host("run")).brings()
+    play.finished(an_offer(a_plan(), samples=2), stopped="deadline").says(ExecState.UPLOADING, reason="")
+
+
+def test_a_plan_that_comes_at_the_wrong_hour_waits_for_the_right_one() -> None:
+    play = Play().feed(host("pause", "not before 20:00")).plan(model=MODEL).at(10.0).fetched(MODEL.levels[4].sha256)
+    play.brings(act.Say).says(ExecState.PREPARING, reason="paused for the host: not before 20:00")
+    play.plan(model=MODEL).says(ExecState.PREPARING, reason="paused for the host: not before 20:00")
+    play.at(50.0).feed(host("run")).brings(act.StartChild, act.Say).says(ExecState.PREPARING, reason="")
+    play.wish(act.StartChild, model_sha256=MODEL.levels[4].sha256, bytes_down=5000)
+    play.began("training").brings(act.Say)
+
+
+def test_a_plan_whose_hour_does_not_come_is_given_back() -> None:
+    play = Play().feed(host("pause", "not before 20:00")).plan().tick().brings(act.Say)
+    play.says(ExecState.TIMED_OUT, reason="deadline, paused for the host: not before 20:00")
+    play.idle()
+
+
+def test_a_held_plan_can_be_cancelled_and_superseded() -> None:
+    play = Play().feed(host("pause", "a service")).plan().cancel().brings(act.Say).says(ExecState.CANCELLED)
+    play.idle()
+    play.plan(round=2).plan(round=3).says(ExecState.CANCELLED, round=2).says(ExecState.PREPARING, round=3)
+
+
+def test_a_look_at_base_and_data_needs_no_device() -> None:
+    play = Play().feed(host("pause", "a service")).plan(round=0, purpose="survey", train=None)
+    play.brings(act.Say, act.StartChild)
+    Play().feed(host("pause")).plan(round=0, purpose="survey", train=None, calibration=Calibration()).brings(
+        act.Say, act.Say
+    )
+
+
+def test_for_its_memory_the_host_gets_the_child_out_with_what_it_has() -> None:
+    play = Play().plan().began("training").feed(host("shrink", "30 MiB are free")).brings(act.ShrinkChild)
+    play.feed(host("stop", "20 MiB are free")).brings(act.StopChild, act.LetChildGo)
+    play.wish(act.StopChild, reason="the host needs its memory: 20 MiB are free")
+    play.feed(host("stop", "10 MiB are free")).brings(act.LetChildGo)
+    play.finished(an_offer(a_plan()), stopped="the host needs its memory").says(ExecState.UPLOADING)
+    play.plan(round=2).says(ExecState.PREPARING).feed(host("shrink", "later")).brings(
+        act.StartChild, act.ShrinkChild, act.Say
+    )
+
+
+def test_an_idle_child_is_let_go_for_memory() -> None:
+    Play().feed(host("stop", "20 MiB are free")).brings(act.LetChildGo).idle()

@@ -22,7 +22,19 @@ from hypothesis.stateful import (
 from agent.core import actions as act
 from agent.core import events as ev
 from agent.core.session import Session
-from protocol.messages import TERMINAL, Base, Blob, Evaluated, ExecState, Level, Matrix, Offer, Plan, Surveyed
+from protocol.messages import (
+    TERMINAL,
+    Base,
+    Blob,
+    Calibrated,
+    Evaluated,
+    ExecState,
+    Level,
+    Matrix,
+    Offer,
+    Plan,
+    Surveyed,
+)
 
 T0 = 1_750_000_000.0
 T = TypeVar("T")
@@ -35,6 +47,7 @@ MODELS = [
     for n in (1, 2)
 ]
 EVALUATED = Evaluated(version=1, n_samples=1, n_tokens=9, loss=1.0)
+CALIBRATED = Calibrated(device="cpu", probe_rank=1, scores=b"\0\0\0\0")
 SURVEYED = Surveyed(base_sha256="b" * 64, matrices=[Matrix(name="q", d_out=8, d_in=8)], n_train=9, n_eval=1)
 AFTER = {  # what may be said of a share after what
     ExecState.ACCEPTED: set(ExecState) - {ExecState.OFFERED, ExecState.REJECTED, ExecState.SUPERSEDED},
@@ -79,7 +92,7 @@ class World(RuleBasedStateMachine):
         self.wanted: list[act.FetchModel] = []
         self.fetched: set[str] = set()
         self.busy: act.StartChild | None = None
-        self.told_to_stop = self.killed = False
+        self.told_to_stop = self.killed = self.paused = False
         self.owed: dict[str, Offer] = {}
         self.xfers: list[str] = ["f" * 32]
         self.states: dict[Key, ExecState] = {}
@@ -113,14 +126,23 @@ class World(RuleBasedStateMachine):
                 assert self.busy is None, "two runs of one child"
                 assert not self.stopped, "work is begun on the way down"
                 assert wish.plan in self.plans
-                assert wish.time_limit_s > 0, "a limit of 0 would be none"
                 assert bool(wish.model_sha256) == (wish.plan.model is not None)
                 assert not wish.model_sha256 or wish.model_sha256 in self.fetched
-                self.busy, self.told_to_stop, self.killed = wish, False, False
+                is_light = wish.plan.purpose == "survey"  # none of these is to be calibrated
+                assert self.session.host in {"run", "shrink"} or is_light, "begun while the host needs the device"
+                self.busy, self.told_to_stop, self.killed, self.paused = wish, False, False, False
             case act.StopChild():
                 assert self.busy, "nothing runs"
                 assert not self.told_to_stop, "told twice"
                 self.told_to_stop = True
+            case act.PauseChild() | act.ShrinkChild():
+                assert self.busy, "nothing runs"
+                assert not self.told_to_stop, "it ends already"
+                self.paused = self.paused or isinstance(wish, act.PauseChild)
+            case act.ResumeChild():
+                assert self.busy, "nothing runs"
+                assert self.paused, "nothing to resume"
+                self.paused = False
             case act.KillChild():
                 assert self.busy, "nothing runs"
                 assert self.told_to_stop, "killed without having been asked to stop"
@@ -155,6 +177,9 @@ class World(RuleBasedStateMachine):
         assert set(self.session.outbox) == set(self.owed)
         work = self.session.work
         assert work is not None or self.busy is None, "a run that nobody waits for"
+        if self.busy and not self.told_to_stop:
+            needed = self.session.host == "pause"
+            assert self.paused == needed or self.busy.plan.purpose == "survey", "paused exactly while the host needs it"
         if work is not None:
             assert key_of(work.plan) in self.states
         elif self.stopped:
@@ -236,6 +261,7 @@ class World(RuleBasedStateMachine):
                 ev.ChildBegan(phase="training"),
                 ev.ChildEvaluated(result=EVALUATED),
                 ev.ChildSurveyed(result=SURVEYED),
+                ev.ChildCalibrated(result=CALIBRATED),
             ]
         )
     )
@@ -264,6 +290,12 @@ class World(RuleBasedStateMachine):
     def child_fails(self) -> None:
         self.busy = None
         self.feed(ev.ChildFailed(reason="died"))
+
+    @rule(level=st.sampled_from(["run", "run", "shrink", "pause", "pause", "stop"]))
+    def host(self, level: ev.Level) -> None:
+        wishes = self.feed(ev.HostSpoke(level=level, reason="" if level == "run" else "services"))
+        assert level != "stop" or act.LetChildGo(reason="services") in wishes
+        assert level != "stop" or not self.busy or self.told_to_stop, "memory is needed and still held"
 
     @rule(whim=st.integers(0, 19))
     def stop(self, whim: int) -> None:

@@ -29,7 +29,7 @@ MakeTask = Callable[..., TrainTask]
 
 PLUG_IN = """
 import os, sys, time
-from agent.child import Finished, Phase, Stepped
+from agent.child import Finished, Phase, Stepped, Surveyed
 from protocol import messages
 from protocol.errors import Unavailable
 from protocol.methods import Method
@@ -41,7 +41,9 @@ class Plugged:
 
     def survey(self, task):
         matrix = messages.Matrix(name="m", d_out=1, d_in=1)
-        return messages.Surveyed(base_sha256="0" * 64, matrices=[matrix], n_train=1, n_eval=0)
+        yield Phase(name="loading")
+        yield Surveyed(result=messages.Surveyed(base_sha256="0" * 64, matrices=[matrix], n_train=1, n_eval=0))
+        return Finished()
 
     def train(self, task):
         yield Phase(name="training")
@@ -341,7 +343,7 @@ async def gone(pidfd: int) -> None:
 
 
 def test_the_daemons_side_never_imports_torch() -> None:
-    modules = "agent.supervisor, agent.child, agent.bases, agent.data.split, agent.trainers, agent.trainers.memory"
+    modules = "agent.supervisor, agent.child, agent.bases, agent.data.split, agent.trainers, protocol.memory"
     heavy = "{'torch', 'transformers', 'peft', 'bitsandbytes', 'pyarrow', 'huggingface_hub'}"
     code = f"import sys, {modules}; print(sorted({heavy} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

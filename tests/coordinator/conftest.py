@@ -26,6 +26,10 @@ LIMITS = {
     "start_wait_s": 30.0,
     "wait_s": 300.0,
 }
+PINS: dict[str, dict[str, Any]] = {
+    "adapter": {"targets": ["all"], "rank": 8, "bits": "nf4"},
+    "train": {"n_steps": 50, "batch": 8},
+}
 MATRICES = [Matrix(name="k", d_out=8, d_in=16), Matrix(name="q", d_out=8, d_in=8)]
 
 
@@ -34,10 +38,11 @@ def sha(text: str) -> str:
 
 
 def job_spec(name: str, **tables: dict[str, Any]) -> JobSpec:
-    """A job file; `head` is the rest of its [job] table, `round` what differs from LIMITS."""
+    """A job file that leaves nothing to decide; `head` is the rest of its [job] table, `round` what differs from LIMITS."""
     head = {"name": name, **tables.pop("head", {})}
     limits = {**LIMITS, **tables.pop("round", {})}
-    return msgspec.convert({"job": head, "model": {"source": "toy"}, "round": limits, **tables}, JobSpec)
+    pins = {table: {**PINS[table], **tables.pop(table, {})} for table in PINS}
+    return msgspec.convert({"job": head, "model": {"source": "toy"}, "round": limits, **pins, **tables}, JobSpec)
 
 
 def fits(value: object, wanted: object) -> bool:

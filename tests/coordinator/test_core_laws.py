@@ -7,6 +7,7 @@ answers twice or never.  An observer (conftest.py) checks every wish against all
 from __future__ import annotations
 
 import math
+from array import array
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -23,11 +24,11 @@ from hypothesis.stateful import (
 
 from coordinator.core import actions as act
 from coordinator.core import events as ev
-from coordinator.core.choice import Choice
+from coordinator.core.choice import Choice, Prediction
 from coordinator.core.fleet import Fleet, decode_state, encode_state
 from coordinator.core.spec import JobSpec
 from coordinator.core.state import Phase
-from protocol.messages import Blob, Evaluated, ExecState, Matrix, Offer, Plan, Surveyed
+from protocol.messages import Allowance, Blob, Calibrated, Evaluated, ExecState, Matrix, Offer, Plan, Report, Surveyed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,6 +69,17 @@ surveys = st.builds(
     matrices=st.just(MATRICES),
     n_train=st.sampled_from([0, 9, 9]),
     n_eval=st.just(1),
+)
+decided = st.sampled_from(
+    [
+        {"adapter": {"targets": ["all"], "rank": 2, "bits": "nf4"}, "train": {"n_steps": 1, "batch": 4}},
+        {"plan": {"calibrate_s": 20.0, "replan_every": 2}},
+    ]
+)
+"""A job that decides everything, and one that leaves it to the planner."""
+MEASURED = Calibrated(device="cpu", probe_rank=1, scores=array("f", [1.0]).tobytes())
+PREDICTED = Prediction(
+    step_s=1.0, train_s=1.0, down_s=0.0, up_s=0.0, peak_bytes=90, limit_bytes=90, up_bytes=9, progress=1.0
 )
 losses = st.sampled_from([1.0, math.nan, math.inf])
 
@@ -110,11 +122,13 @@ class World(RuleBasedStateMachine):
 
     # ---------------------------------------------------------------------------------------------------- how it begins
 
-    @initialize(first=rounds, second=st.none() | rounds)
-    def submit(self, first: dict[str, Any], second: dict[str, Any] | None) -> None:
+    @initialize(first=rounds, second=st.none() | rounds, tables=st.lists(decided, min_size=2, max_size=2))
+    def submit(
+        self, first: dict[str, Any], second: dict[str, Any] | None, tables: list[dict[str, dict[str, Any]]]
+    ) -> None:
         for name, table in zip(JOBS, (first, second), strict=True):
             if table:
-                job = {"job": {"name": name}, "model": {"source": "toy"}, "round": table}
+                job = {"job": {"name": name}, "model": {"source": "toy"}, "round": table, **tables[name == JOBS[0]]}
                 self.feed(ev.JobSubmitted(spec=msgspec.convert(job, JobSpec)))
         for agent in AGENTS[:3]:
             self.join(agent, f"{1:016x}")
@@ -167,7 +181,8 @@ class World(RuleBasedStateMachine):
         }
         if plan.purpose == "survey":
             surveyed = Surveyed(base_sha256="a" * 64, matrices=MATRICES, n_train=9, n_eval=1)
-            self.feed(ev.ShareMoved(**said, state=ExecState.DONE, surveyed=surveyed))
+            measured = MEASURED if plan.calibration else None
+            self.feed(ev.ShareMoved(**said, state=ExecState.DONE, surveyed=surveyed, calibrated=measured))
         elif plan.purpose == "evaluate":
             found = Evaluated(version=plan.version, n_samples=1, n_tokens=9, loss=1.0)
             self.feed(ev.ShareMoved(**said, state=ExecState.DONE, evaluated=found))
@@ -191,8 +206,21 @@ class World(RuleBasedStateMachine):
                 self._fold(wish)
 
     def _plan(self, asked: act.MakePlan, chosen: set[str]) -> None:
-        choices = {a: Choice(ranks={"q": 2}, bits="nf4", n_steps=1, batch=4) for a in sorted(chosen)}
-        self.feed(ev.PlanReady(job=asked.job, round=asked.round, attempt=asked.attempt, choices=choices))
+        """A job that leaves something open gets a plan that holds for a while, with one agent left out in turn."""
+        is_open = not self.observer.specs[asked.job].is_pinned("")
+        out = {min(chosen)} if is_open and len(chosen) > 2 and asked.round % 2 else set[str]()
+        choice = Choice(ranks={"q": 2}, bits="nf4", n_steps=1, batch=4, predicted=PREDICTED if is_open else None)
+        self.feed(
+            ev.PlanReady(
+                job=asked.job,
+                round=asked.round,
+                attempt=asked.attempt,
+                choices=dict.fromkeys(sorted(chosen - out), choice),
+                reason=asked.reason,
+                train_s=30.0 if is_open else None,
+                left_out=dict.fromkeys(out, "not enough memory"),
+            )
+        )
 
     def _fold(self, asked: act.Aggregate) -> None:
         digest = f"{asked.version:064x}"
@@ -209,6 +237,12 @@ class World(RuleBasedStateMachine):
     @rule(agent=agents, session=sessions)
     def reborn(self, agent: str, session: str) -> None:
         self.join(agent, session)
+
+    @rule(agent=agents, memory=st.sampled_from([1, 100, 1000]), paused=st.sampled_from(["", "", "outside the hours"]))
+    def report(self, agent: str, memory: int, paused: str) -> None:
+        """What the agent may use changes, at times to nothing."""
+        allowance = Allowance(memory_bytes=memory, paused=paused)
+        self.feed(ev.AgentReported(agent=agent, report=Report(allowance=allowance)))
 
     @rule(agent=agents, session=sessions)
     def leave(self, agent: str, session: str) -> None:

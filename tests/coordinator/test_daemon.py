@@ -73,7 +73,7 @@ def job_spec(n_agents: int = 2, name: str = "j", **rules: Any) -> JobSpec:
     tables = {
         "job": {"name": name, "license": "mit"},
         "model": {"source": "toy"},
-        "adapter": {"rank": 4, "max_rank": 6, "update_dtype": "fp32"},
+        "adapter": {"targets": ["all"], "rank": 4, "bits": "nf4", "max_rank": 6, "update_dtype": "fp32"},
         "train": {"n_steps": 2, "batch": 8},
         "round": {"n_rounds": 2, "min_agents": n_agents, "train_s": 1000.0, "offline_grace_s": 1000.0} | rules,
     }

@@ -110,7 +110,7 @@ def test_a_job_is_cancelled_once(served: Served, http: httpx.Client) -> None:
     assert (again.status_code, "ended already" in again.json()["error"]) == (409, True)
 
 
-@pytest.mark.parametrize("path", ["", "/versions", "/adapter"])
+@pytest.mark.parametrize("path", ["", "/versions", "/plan", "/adapter"])
 def test_an_unknown_job_is_not_found_and_the_text_says_where_to_look(http: httpx.Client, path: str) -> None:
     answer = http.get(f"/v1/jobs/nix{path}")
     assert answer.status_code == 404
@@ -133,7 +133,8 @@ def test_an_open_round_is_seen_share_by_share(served: Served, http: httpx.Client
     assert (progress["step"], progress["n_steps"]) == (7, 50)
     assert shares["b"]["state"] == "DONE"
     assert shares["b"]["bytes_up"] == shares["b"]["size_up"] > 0
-    assert view["members"]["a"] == {"survey": "DONE", "excluded": "", "n_train": 90, "n_eval": 10}
+    member = view["members"]["a"]
+    assert (member["survey"], member["excluded"], member["n_train"], member["n_eval"]) == ("DONE", "", 90, 10)
     assert view["members"]["c"]["excluded"] == "no data set 'default' here"
 
 
@@ -171,6 +172,28 @@ def test_a_finished_job_tells_its_history(served: Served, http: httpx.Client) ->
         (1, 1, 2.0, 2),
         (2, 2, 1.0, 2),
     ]
+
+
+def test_a_plan_is_shown_as_soon_as_there_is_one(served: Served, http: httpx.Client) -> None:
+    assert submit(http).status_code == 201
+    none_yet = http.get("/v1/jobs/j/plan")
+    assert (none_yet.status_code, "fedpipe show j" in none_yet.json()["error"]) == (404, True)
+    served.join("a", "b")
+    served.survey("a", "b")
+    view = http.get("/v1/jobs/j/plan").json()
+    assert (view["job"], view["round"], view["matrices"]) == ("j", 1, ["model.k", "model.q"])
+    assert sorted(view["agents"]) == ["a", "b"]
+    assert set(view["agents"]["a"]["choice"]["ranks"]) <= {"model.k", "model.q"}
+    served.run_round("a", "b")
+    view = http.get("/v1/jobs/j/plan").json()
+    assert [(p["round"], p["state"], p["samples"]) for p in view["agents"]["a"]["past"]] == [(1, "DONE", 100)]
+
+
+def test_a_job_that_ended_without_a_plan_says_why(http: httpx.Client) -> None:
+    submit(http)
+    http.post("/v1/jobs/j/cancel")
+    answer = http.get("/v1/jobs/j/plan")
+    assert (answer.status_code, "cancelled by the operator" in answer.json()["error"]) == (404, True)
 
 
 def test_the_fleet_at_a_glance(served: Served, http: httpx.Client) -> None:

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from coordinator.core.state import Phase
+from coordinator.plan_views import AgentPlan, PlanView
 from coordinator.views import AgentView, JobShort, JobView
 from fedpipe.__main__ import app
 from fedpipe.broker import free_port
@@ -88,6 +89,29 @@ def test_a_job_from_submission_to_its_end(served: Served, run: Run, job_file: Pa
     assert shown.splitlines()[-1].split()[:3] == ["1", "1", "8"]  # version, round, rank
     watched = run("watch", "j")
     assert (watched.exit_code, watched.stdout) == (0, "j: completed\n")
+
+
+def test_a_plan_is_shown_for_the_fleet_and_for_one_agent(
+    served: Served, run: Run, job_file: Path, tmp_path: Path
+) -> None:
+    run("submit", job_file)
+    served.join("a")
+    early = run("plan", "show", "j")
+    assert (early.exit_code, len(early.stderr.splitlines())) == (78, 1)
+    assert "has no plan yet" in early.stderr
+    served.survey("a")
+    shown = run("plan", "show", "j", "--svg", tmp_path / "plan.svg")
+    assert (shown.exit_code, "plan made for round 1" in shown.stdout) == (0, True), shown.output
+    assert (tmp_path / "plan.svg").read_text().startswith("<svg")
+    one = run("plan", "show", "j", "--agent", "a")
+    assert (one.exit_code, "rank of each layer's matrices" in one.stdout) == (0, True)
+    view = msgspec.json.decode(run("plan", "show", "j", "--json").stdout, type=PlanView)
+    told = msgspec.json.decode(run("plan", "show", "j", "--agent", "a", "--json").stdout, type=AgentPlan)
+    assert (view.job, view.agents["a"]) == ("j", told)
+    for wrong, word in ((["--agent", "b"], "it is for a"), (["--svg", tmp_path], "cannot be written")):
+        result = run("plan", "show", "j", *wrong)
+        assert (result.exit_code, len(result.stderr.splitlines())) == (78, 1), result.output
+        assert word in result.stderr
 
 
 def test_a_job_is_cancelled_and_whoever_watches_it_fails(served: Served, run: Run, job_file: Path) -> None:
@@ -196,7 +220,8 @@ def test_an_export_is_merged_into_its_base(served: Served, run: Run, job_file: P
 
 
 @pytest.mark.parametrize(
-    "command", [["jobs"], ["agents"], ["show", "j"], ["watch", "j"], ["cancel", "j"], ["export", "j"]]
+    "command",
+    [["jobs"], ["agents"], ["show", "j"], ["watch", "j"], ["cancel", "j"], ["export", "j"], ["plan", "show", "j"]],
 )
 def test_without_a_coordinator_every_command_says_what_to_do(run: Run, command: list[str]) -> None:
     result = run(*command, url=f"http://127.0.0.1:{free_port()}")

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from coordinator.core.state import Phase, RoundRecord, ShareRecord
+from coordinator.figures import duration_text, size_text, sparkline
 from coordinator.views import AgentView, BrokerView, FleetView, JobView, MemberView, RoundView, ShareView, evaluations
-from fedpipe.figures import duration_text, size_text, sparkline
 from fedpipe.live import render
 from fedpipe.tables import agents_table
-from protocol.messages import Evaluated, Gpu, Progress, Report
+from protocol.messages import Allowance, Evaluated, Gpu, Progress, Report
 
 NOW = 10_000.0
 AGENTS = ("anna", "berta", "clara")
@@ -168,6 +168,46 @@ def test_who_is_out_or_gone_is_said_with_the_reason() -> None:
         "berta: not in time: the round closed",
         "dora: no data set 'default' here",
     ]
+
+
+def test_measuring_and_pausing_look_different_from_training() -> None:
+    members = {
+        "anna": MemberView(survey="DONE", uncalibrated="not enough memory"),
+        "berta": MemberView(survey="DONE"),
+        "emil": MemberView(survey="PREPARING"),
+    }
+    held = Progress(job="kitchen-recipes", round=3, phase="paused", step=12, n_steps=20)
+    shares = {name: msgspec.structs.replace(training()["anna"], progress=held) for name in ("anna", "berta")}
+    shares["berta"] = msgspec.structs.replace(shares["berta"], state="PREPARING")
+    at_night = Report(allowance=Allowance(device="RTX", memory_bytes=6 * 10**9, paused="not between 8:00 and 18:00"))
+    resting = AgentView(id="anna", online=True, since=0.0, task="kitchen-recipes", report=at_night)
+    measuring = Progress(job="kitchen-recipes", phase="calibrating", step=3, n_steps=9)
+    busy = AgentView(id="emil", online=True, since=0.0, task="kitchen-recipes", progress=measuring)
+    lines = text(job(shares, members=members), fleet(agents=[resting, busy]))
+    assert line(lines, "anna").replace("━", " ").replace("╸", " ").split()[:3] == ["anna", "paused", "12/20"]
+    assert line(lines, "berta").split()[:2] == ["berta", "paused"]
+    assert line(lines, "emil").replace("━", " ").replace("╸", " ").split() == ["emil", "calibrating", "3/9"]
+    assert lines[-2:] == [
+        "anna: paused: not between 8:00 and 18:00",
+        "anna: not calibrated: not enough memory",
+    ]
+    console = Console(width=160, file=io.StringIO())
+    console.print(agents_table([resting, busy], NOW))
+    assert isinstance(console.file, io.StringIO)
+    listed = " ".join(console.file.getvalue().split())
+    assert "online, paused: not between 8:00 and 18:00" in listed
+    assert "6.0 GB of RTX" in listed
+
+
+def test_what_was_planned_and_not_trained_is_told_per_round_and_in_all() -> None:
+    half = record(1, 5.0)
+    shares = {a: msgspec.structs.replace(s, planned_samples=1600) for a, s in half.shares.items()}
+    lines = text(job(history=[msgspec.structs.replace(half, shares=shares), record(2, 4.0)]))
+    first, second, caption = lines[lines.index(line(lines, "outcome")) + 1 :][:3]
+    assert first.split()[-2:] == ["25", "%"]
+    assert second.split()[-1] == "1:15"
+    assert caption.strip() == "undone: under-training, 25 % of all planned samples so far"
+    assert "undone" not in "\n".join(text(job()))
 
 
 def test_a_lost_broker_cannot_be_overlooked() -> None:

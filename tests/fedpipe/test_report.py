@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import fmean
@@ -14,6 +15,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
+from coordinator.plan_views import PlanView
 from fedpipe import plots
 from fedpipe.report import (
     AgentRound,
@@ -43,7 +45,7 @@ def share(**changed: object) -> AgentRound:
 
 
 @pytest.fixture
-def report() -> Report:
+def report(planned: Callable[..., PlanView]) -> Report:
     half = {agent: (BASE[agent] + FINAL[agent]) / 2 for agent in BASE}
     lost = share(state="TIMED_OUT", reason=f"went away {EVIL}", samples=0, loss=None, bytes_up=0, train_s=0.0)
     return Report(
@@ -51,7 +53,10 @@ def report() -> Report:
         broker="mqtt://127.0.0.1:1883",
         wall_s=245.0,
         eval=Eval.of(BASE, FINAL, ALONE),
-        agents={"torch": Participant(n_train=90, n_held_out=10, bits="nf4", rank=8), "sympy": Participant()},
+        agents={
+            "torch": Participant(n_train=90, n_held_out=10, bits="nf4", n_matrices=6, rank=8.25),
+            "sympy": Participant(),
+        },
         rounds=[
             RoundOutcome(
                 round=1, wall_s=15.0, began_s=60.0, loss=4.5, agents={"torch": share(), "sympy": lost}, held_out=half
@@ -63,6 +68,7 @@ def report() -> Report:
         samples=[Sample(prompt=f'def f(x):\n    """{EVIL}', reference="Do it.", before="", after="Do it all.")],
         events=[Note(at_s=70.0, text=f"sympy was killed {EVIL}")],
         adapter="out/adapter",
+        plan=planned(reason=EVIL),
     )
 
 
@@ -138,7 +144,26 @@ def test_the_page_is_whole_and_needs_nothing_else(report: Report, make: str) -> 
 def test_what_came_from_outside_is_text(report: Report) -> None:
     text = page(report)
     assert EVIL not in text
-    assert text.count("&lt;script&gt;") == 3
+    assert text.count("&lt;script&gt;") == 4
+
+
+def test_the_plan_is_drawn_and_explained_beside_what_was_measured(report: Report) -> None:
+    text = page(report)
+    assert text.count('<svg class="heat"') == 2
+    assert text.count('class="cell"') == 6 + 2
+    for words in ("What was planned", "nf4 fits", "clara is left out: no room", "5 % of the job", "+20 %", "−2 %"):
+        assert words in text
+    assert "What was planned" not in page(minimal())
+
+
+def test_under_training_is_told_per_round_and_share(report: Report) -> None:
+    shares = {"torch": share(samples=60, planned_samples=80), "sympy": share(samples=0, planned_samples=20)}
+    outcome = msgspec.structs.replace(report.rounds[0], agents=shares)
+    assert outcome.under_training == pytest.approx(0.4)
+    text = page(msgspec.structs.replace(report, rounds=[outcome, report.rounds[1]], plan=None))
+    cells = re.findall(r"<td>(\d+ %)</td>", text)
+    assert cells[:3] == ["40 %", "25 %", "100 %"]
+    assert "undone" not in page(report)
 
 
 def test_pictures_are_svg_in_the_pages_colours(report: Report) -> None:

@@ -8,14 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 import torch
 
 from agent import loading
-from agent.child import Finished, Stepped, TrainTask
+from agent.child import Calibrated, Finished, Stepped, TrainTask
 from agent.data import DataConfig
+from agent.trainers.meter import CONTEXT_BYTES
 from agent.trainers.qlora import QLora
-from protocol.messages import Base, Bits, Evaluation, Plan, Training
+from protocol import memory, messages
+from protocol.messages import Base, Bits, Calibration, Evaluation, Plan, Training
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -79,6 +83,7 @@ def cuda_task(base_folder: Path, data_file: Path, tmp_path: Path) -> MakeTask:
             ranks={matrix.name: 8 for matrix in loading.survey(base_folder)},
             train=Training(**settings),
             evaluate=Evaluation(max_samples=4, metrics=["exact_match"], max_new_tokens=4),
+            predicted_bytes=1,
             issued_at=0.0,
             stop_after_s=600.0,
             ttl_s=900.0,
@@ -105,6 +110,28 @@ def run(task: TrainTask) -> tuple[list[float], Finished]:
         return losses, end.value
 
 
+def test_calibration_on_cuda(cuda_task: MakeTask, tmp_path: Path) -> None:
+    ask = Calibration(n_batches=3, batches=[1, 2, 4], max_tokens=256, max_s=240.0)
+    task = cuda_task("nf4")
+    plan = msgspec.structs.replace(task.plan, purpose="survey", train=None, ranks={}, evaluate=None, calibration=ask)
+    task = msgspec.structs.replace(task, plan=plan, calibrations=str(tmp_path), memory_limit_bytes=2**40)
+    found = survey(task)
+    assert found.device == torch.cuda.get_device_name(DEVICE)
+    scores = np.frombuffer(found.scores, "<f4").reshape(-1, found.probe_rank)
+    assert len(scores) == len(loading.survey(Path(task.base_folder)))
+    assert np.isfinite(scores).all()
+    assert (scores[:, 0] > 0).all()
+    assert {point.bits for point in found.points} == found.losses.keys() == {"nf4", "int8", "none"}
+    assert all(point.peak_bytes > 0 for point in found.points)
+    assert found.notes == []
+    assert survey(task).seconds == 0, "remembered"
+
+
+def survey(task: TrainTask) -> messages.Calibrated:
+    (found,) = (event.result for event in QLora().survey(task) if isinstance(event, Calibrated))
+    return found
+
+
 @pytest.mark.parametrize("bits", ["nf4", "int8", "none"])
 def test_it_learns_on_cuda_after_an_evaluation(cuda_task: MakeTask, bits: Bits) -> None:
     losses, finished = run(cuda_task(bits))
@@ -115,8 +142,24 @@ def test_it_learns_on_cuda_after_an_evaluation(cuda_task: MakeTask, bits: Bits) 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_memory_formula_holds_on_cuda(cuda_task: MakeTask, checkpointing: bool) -> None:
-    _, finished = run(cuda_task("nf4", checkpointing=checkpointing))
-    assert finished.predicted_bytes == pytest.approx(finished.peak_bytes, rel=0.25)
+    task = cuda_task("nf4", checkpointing=checkpointing)
+    _, finished = run(task)
+    folder, training = Path(task.base_folder), task.plan.train
+    dims = loading.dimensions(folder)
+    assert dims is not None
+    assert training is not None
+    predicted = memory.predicted_bytes(
+        dims,
+        loading.survey(folder),
+        task.plan.ranks,
+        frozen={},
+        bits="nf4",
+        compute="bf16",
+        n_tokens=training.batch * training.max_tokens,
+        checkpointing=checkpointing,
+    )
+    assert predicted == pytest.approx(finished.peak_bytes - CONTEXT_BYTES, rel=0.25)
+    assert finished.predicted_bytes == task.plan.predicted_bytes
 
 
 def test_running_out_of_device_memory_is_named_and_survived(cuda_task: MakeTask) -> None:

@@ -44,9 +44,13 @@ def strategy(kind: inspect.Type) -> st.SearchStrategy[Any]:
             return st.sampled_from(kind.values)
         case inspect.EnumType():
             return st.sampled_from(list[enum.Enum](kind.cls))
+        case inspect.BytesType(max_length=most):
+            return st.binary(max_size=min(most or 64, 64))
         case inspect.ListType():
             return st.lists(
-                strategy(kind.item_type), min_size=kind.min_length or 0, max_size=(kind.min_length or 0) + 3
+                strategy(kind.item_type),
+                min_size=kind.min_length or 0,
+                max_size=min((kind.min_length or 0) + 3, kind.max_length or 9),
             )
         case inspect.TupleType():
             return st.tuples(*map(strategy, kind.item_types))

@@ -41,7 +41,9 @@ def test_the_built_in_methods_are_there_by_their_name(name: str) -> None:
 @pytest.mark.usefixtures("outside")
 def test_a_method_of_another_distribution_must_be_allowed_here() -> None:
     assert methods.load("outside", allowed=["outside"]).trainer == "outside"
-    with pytest.raises(BadConfig, match=r"'outside' is not in fedpipe.methods: it has qlora"):
+    with pytest.raises(
+        BadConfig, match=r"'outside' is not in fedpipe.methods: it has fedavg, ffalora, flexlora, flora, hetlora, qlora"
+    ):
         methods.load("outside")
 
 

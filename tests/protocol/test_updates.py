@@ -76,6 +76,52 @@ def test_any_msgpack_reader_can_follow_it(path: Path) -> None:
         assert b == adapter[name].b.tobytes()
 
 
+def test_scores_ride_along_for_some_or_no_matrix(path: Path) -> None:
+    plain = write(path, make_adapter())
+    assert read(path).scores == {}
+    scores = {"layers.0.v": [2.0, 0.5], "layers.1.up": [0.0], "not trained": [1.0]}
+    write_update(path, make_adapter(), **WHICH, dtype="fp32", scores=scores)
+    update = read(path)
+    assert update.scores == {"layers.0.v": [2.0, 0.5], "layers.1.up": [0.0]}
+    update.check(RANKS, SHAPES)
+    update.check_values()
+    assert plain < update.size < plain + 60
+
+
+def test_a_file_from_before_scores_still_opens(path: Path) -> None:
+    write(path, make_adapter())
+    header, *records = msgpack.Unpacker(path.open("rb"))
+    size = path.stat().st_size - len(msgpack.packb(header))
+    del header["scores"]
+    path.write_bytes(msgpack.packb(header) + path.read_bytes()[-size:])
+    assert len(records) == 3
+    assert read(path).scores == {}
+    read(path).check_values()
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        [[1.0], [1.0]],
+        [[1.0]] * 4,
+        [[-1e-9], [], []],
+        [[float("nan")], [], []],
+        [[float("inf")], [], []],
+        [[1e31], [], []],
+        [[1.0] * 65, [], []],
+        [["1"], [], []],
+        {"layers.0.q": [1.0]},
+    ],
+)
+def test_scores_that_are_none_are_refused(path: Path, scores: object) -> None:
+    write(path, make_adapter())
+    header, *_ = msgpack.Unpacker(path.open("rb"))
+    values = path.read_bytes()[len(msgpack.packb(header)) :]
+    path.write_bytes(msgpack.packb(header | {"scores": scores}) + values)
+    with pytest.raises(BadUpdate, match="scores"):
+        read(path)
+
+
 def test_a_lower_rank_than_planned_is_fine_also_none_at_all(path: Path) -> None:
     write(path, make_adapter(ranks=RANKS | {"layers.0.q": 1, "layers.0.v": 0}))
     update = read(path)

@@ -42,3 +42,20 @@ def sparkline(values: list[float]) -> str:
     low, high = min(shown, default=0.0), max(shown, default=0.0)
     span = (high - low) or 1.0
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / span)] for value in shown)
+
+
+def step_text(seconds: float) -> str:
+    """Seconds of one step with three digits: 0.82 s, 14.2 s; nothing for none."""
+    return f"{seconds:.3g} s" if seconds > 0 else ""
+
+
+def share_text(ratio: float | None) -> str:
+    """A ratio in percent; a dash where there is none."""
+    return "–" if ratio is None or not math.isfinite(ratio) else f"{100 * ratio:.3g} %"
+
+
+def error_text(measured: float, predicted: float) -> str:
+    """How far a measurement is from its prediction: +12 %; nothing where one of them is missing."""
+    if measured <= 0 or predicted <= 0:
+        return ""
+    return f"{100 * (measured / predicted - 1):+.0f} %".replace("-", "\N{MINUS SIGN}")
