@@ -6,7 +6,7 @@ checkpointing.  Prints predicted / measured for each and the median relative err
 same three micro-batches, on a CPU in CPU seconds of one thread, so that a busy machine does not matter; memory as in
 Finished.peak_bytes.
 
-    --quick         nf4 only (two minutes)         --json FILE    the same as data
+    --quick         nf4 only (3 minutes)           --json FILE    the same as data
     --device cuda   larger models, longer text     --bits nf4,none
 """
 

@@ -280,8 +280,9 @@ class Calibrated(Value, frozen=True, kw_only=True):
 
     Fields: device and compute type that were used; scores of the rank-1 triplets of every matrix, float32 little endian,
     (n_matrices, probe_rank) in the order of Surveyed.matrices, each row descending; noise_scale of the gradient in samples
-    (McCandlish et al., 2018); shapes of micro-batches; points that were run; held-out loss of the base by width; seconds that
-    all this took (0 if it was remembered from before); notes say what was left out and why.
+    (McCandlish et al., 2018); shapes of micro-batches; points that were run, each by its quickest steps; held-out loss of the
+    base by width; how much longer a usual step took, because of what else the machine was doing; seconds that all this took
+    (0 if it was remembered from before); notes say what was left out and why.
     """
 
     device: Annotated[str, Meta(max_length=200)]
@@ -292,6 +293,7 @@ class Calibrated(Value, frozen=True, kw_only=True):
     shapes: Annotated[list[Shape], Meta(max_length=32)] = []
     points: Annotated[list[Point], Meta(max_length=128)] = []
     losses: dict[Bits, Annotated[float, Meta(ge=0, le=10**9)]] = {}
+    load_ratio: Annotated[float, Meta(ge=1, le=1000)] = 1.0
     seconds: Seconds = 0.0
     notes: Annotated[list[Text], Meta(max_length=16)] = []
 

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle, islice
+from statistics import fmean, median
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -59,6 +60,8 @@ class Measured(NamedTuple):
 
     points: list[Point]
     notes: list[str]
+    load_ratio: float = 1.0
+    """How much longer a usual step took than the quickest of its kind."""
 
 
 class Probe(NamedTuple):
@@ -137,18 +140,20 @@ class _Bench:
         self._matrices = matrices(base.model)
         self._points: list[tuple[Point, int]] = []  # with what was held before it
         self._notes: list[str] = []
+        self._loads: list[float] = []
         self._step, self._started = 0, time.monotonic()
 
     def measured(self) -> Measured:
         """Peaks as if all points had begun with as much held as the last ones: libraries cache more and more."""
         most = max((held for _, held in self._points), default=0)
         points = [structs.replace(p, peak_bytes=p.peak_bytes + most - held) for p, held in self._points]
-        return Measured(points, self._notes)
+        return Measured(points, self._notes, max(1.0, median(self._loads or [1.0])))
 
     def run_all(
         self, batches_of: Callable[[int], Iterator[Batch]], sizes: Sequence[int]
     ) -> Generator[Stepped, bool, None]:
         """The points in their order, until the time is over or a stop."""
+        give_back()
         small = Probe(sizes[0], _some(batches_of(sizes[0])), rank=8)
         if (yield from self._run(small)):
             return
@@ -211,7 +216,6 @@ class _Bench:
         if time.monotonic() >= self._deadline:
             self._notes.append(f"{self._bits}: time ran out before {_words(probe)}")
             return True
-        give_back()
         if (missing := self._missing_bytes(probe)) > 0:
             self._notes.append(f"{self._bits}: {_words(probe)} left out, {missing} bytes are missing")
             return False
@@ -271,6 +275,7 @@ class _Bench:
                 peak_bytes=meter.peak_bytes,
             )
             self._points.append((point, held))
+            self._loads.append(fmean(times[1:]) / point.step_s)
         return is_stopping
 
     def _stepped(self) -> Stepped:

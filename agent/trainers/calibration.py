@@ -263,6 +263,7 @@ class _Calibration:
             scores=b"",
             losses=losses,
             points=found.points,
+            load_ratio=min(found.load_ratio, 1000.0),
             notes=[n[:500] for n in found.notes],
         )
 
@@ -360,6 +361,7 @@ def _joined(result: Calibrated, more: Calibrated) -> Calibrated:
         result,
         losses=result.losses | more.losses,
         points=[*result.points, *more.points],
+        load_ratio=max(result.load_ratio, more.load_ratio),
         notes=[*result.notes, *more.notes],
     )
 

@@ -21,9 +21,10 @@ adapters off restores it bit by bit and it serves the next round.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, Literal
 
@@ -38,6 +39,7 @@ from protocol.tensors import F32
 
 GLOBAL: Final = "global"
 LOCAL: Final = "local"
+STABLE_RANK: Final = 8
 
 Start = Literal["subspace", "fresh", "continued", "frozen-a"]
 """Where the local adapter begins.
@@ -53,24 +55,24 @@ frozen-a   like continued, and A does not learn
 class Adapted:
     """A base model that carries adapters.  `model` is called like the base; `parameters` are what learns."""
 
-    def __init__(self, model: Any, ranks: Mapping[str, int], scale: float) -> None:
+    def __init__(self, model: Any, ranks: Mapping[str, int], alpha: float) -> None:
         self.model = model
         self.parameters: list[torch.nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
         self._ranks = ranks
-        self._scale = scale
+        self._alpha = alpha
 
     def local(self) -> Adapter:
         """The local adapter as it is now, the scale folded into B."""
         found = {}
         for name in self._ranks:
             a, b = _weights(self.model, name, LOCAL)
-            found[name] = Factors(a=_to_numpy(a), b=_to_numpy(b) * np.float32(self._scale))
+            found[name] = Factors(a=_to_numpy(a), b=_to_numpy(b) * np.float32(scale_of(self._alpha, a.shape[0])))
         return found
 
 
 @contextmanager
 def adapted(
-    base: Any, frozen: Adapter, ranks: Mapping[str, int], scale: float, seed: int, *, start: Start = "subspace"
+    base: Any, frozen: Adapter, ranks: Mapping[str, int], alpha: float, seed: int, *, start: Start = "subspace"
 ) -> Iterator[Adapted]:
     """Put both adapters on `base` for the time of the block and take them off behind it, whatever happens.
 
@@ -78,7 +80,7 @@ def adapted(
         base: a model from agent/loading.py.
         frozen: the global adapter, {} at version 0.
         ranks: rank of the local adapter by matrix; {} for evaluation alone.
-        scale: s, the same for all ranks.
+        alpha: the scale of a local adapter of rank STABLE_RANK, see `scale_of`.
         seed: decides the start of A.
         start: where the local adapter begins.
 
@@ -88,36 +90,38 @@ def adapted(
     _check_ranks(ranks, shapes)
     _check_frozen(frozen, shapes)
     if not frozen and not ranks:
-        yield Adapted(base, {}, scale)
+        yield Adapted(base, {}, alpha)
         return
     try:
-        yield Adapted(_wrap(base, frozen, ranks, scale, seed, start), ranks, scale)
+        yield Adapted(_wrap(base, frozen, ranks, alpha, seed, start), ranks, alpha)
     finally:
         _unwrap(base)
 
 
-def _wrap(base: Any, received: Adapter, ranks: Mapping[str, int], scale: float, seed: int, start: Start) -> Any:
+def _wrap(base: Any, received: Adapter, ranks: Mapping[str, int], alpha: float, seed: int, start: Start) -> Any:
     from peft import get_peft_model
 
     continues = start in {"continued", "frozen-a"}
     frozen = {name: f for name, f in received.items() if not (continues and name in ranks)}
-    wanted = {GLOBAL: ({name: f.rank for name, f in frozen.items()}, 1.0), LOCAL: (ranks, scale)}
+    wanted = {}
+    if frozen:
+        wanted[GLOBAL] = _config({name: f.rank for name, f in frozen.items()}, lambda _: 1.0)
+    if ranks:
+        wanted[LOCAL] = _config(ranks, lambda rank: scale_of(alpha, rank))
     model = None
-    for name, (its_ranks, its_scale) in wanted.items():
-        if not its_ranks:
-            continue
+    for name, config in wanted.items():
         torch.manual_seed(seed)
         if model is None:
-            model = get_peft_model(base, _config(its_ranks, its_scale), adapter_name=name)
+            model = get_peft_model(base, config, adapter_name=name)
         else:
-            model.add_adapter(name, _config(its_ranks, its_scale))
+            model.add_adapter(name, config)
     assert model is not None
-    model.base_model.set_adapter([name for name, (its_ranks, _) in wanted.items() if its_ranks])
+    model.base_model.set_adapter(list(wanted))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(f".{LOCAL}." in name and not (start == "frozen-a" and ".lora_A." in name))
     _copy_in(model, frozen)
     if continues:
-        _continue(model, received, ranks, scale, seed)
+        _continue(model, received, ranks, alpha, seed)
     elif start == "subspace":
         _start_in_subspace(model, frozen, ranks, seed)
     return model
@@ -135,11 +139,20 @@ def _unwrap(base: Any) -> None:
         del base.peft_config
 
 
-def _config(ranks: Mapping[str, int], scale: float) -> Any:
-    """PEFT's configuration for exactly these matrices.
+def scale_of(alpha: float, rank: int) -> float:
+    """What B A is multiplied by: alpha at rank STABLE_RANK, less for more components, so that one learning rate fits all.
+
+    Adam moves every component at about the same rate, so an update of rank r grows with r; dividing by sqrt(r) keeps it
+    stable (rsLoRA; Kalajdzievski, 2023, arXiv 2312.03732).
+    """
+    return alpha * math.sqrt(STABLE_RANK / rank)
+
+
+def _config(ranks: Mapping[str, int], scale: Callable[[int], float]) -> Any:
+    """PEFT's configuration for exactly these matrices, with the scale for each rank.
 
     Its patterns are regular expressions tried one by one for every module; one per rank instead of one per matrix keeps
-    that linear.  alpha = scale * rank gives every matrix the same scale alpha / rank.
+    that linear.  PEFT divides alpha by the rank.
     """
     from peft import LoraConfig
 
@@ -150,7 +163,7 @@ def _config(ranks: Mapping[str, int], scale: float) -> Any:
     return LoraConfig(
         target_modules="|".join(re.escape(name) for name in ranks),  # a text is matched whole, a list also as a suffix
         rank_pattern=patterns,
-        alpha_pattern={pattern: scale * rank for pattern, rank in patterns.items()},
+        alpha_pattern={pattern: scale(rank) * rank for pattern, rank in patterns.items()},
         lora_dropout=0.0,
         bias="none",
     )
@@ -174,14 +187,14 @@ def _start_in_subspace(model: Any, frozen: Adapter, ranks: Mapping[str, int], se
 
 
 @torch.no_grad()
-def _continue(model: Any, received: Adapter, ranks: Mapping[str, int], scale: float, seed: int) -> None:
+def _continue(model: Any, received: Adapter, ranks: Mapping[str, int], alpha: float, seed: int) -> None:
     for name, rank in ranks.items():
         a, b = _weights(model, name, LOCAL)
         a.copy_(torch.from_numpy(common_rows(name, rank, a.shape[1], seed)))
         if name in received:
             known = truncate(received[name], rank)
             a[: known.rank].copy_(torch.from_numpy(known.a))
-            b[:, : known.rank].copy_(torch.from_numpy(known.b / np.float32(scale)))
+            b[:, : known.rank].copy_(torch.from_numpy(known.b / np.float32(scale_of(alpha, rank))))
 
 
 def common_rows(name: str, rank: int, d_in: int, seed: int) -> F32:

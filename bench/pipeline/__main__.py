@@ -18,9 +18,9 @@ from fedpipe.pretrain import cache_folder
 ROOT: Final = Path(__file__).parents[2]
 BUDGET_STEPS: Final = 1200
 """The budget in steps of the fastest server."""
-TUNING_RATIO: Final = 0.4
+TUNING_RATIO: Final = 0.6
 """Share of the budget that a run for tuning has."""
-N_ABLATED: Final = 2
+N_ABLATED: Final = 1
 """Fleets on which fedpipe without one of its parts is run: they cost most."""
 TUNING_SEED: Final = 0
 """Its fleet is not one of those that are compared."""
@@ -36,7 +36,7 @@ def main() -> None:
         fleet = world.load(options.cache, seed, n_measurements=1 if options.quick else 3)
     budget_s = BUDGET_STEPS * fleet.step_s
     if options.quick:
-        wanted = [Job(s.name, 3e-3, s.modes[-1], 1, budget_s, 2) for s in main_systems]
+        wanted = [Job(s.name, 3e-3, s.modes[0], 1, budget_s, 2) for s in main_systems]
     else:
         tuned = _tuned(main_systems, budget_s, options)
         ablations = [Job(s.name, *tuned[FEDPIPE.name], seed, budget_s) for s in ABLATIONS for seed in seeds[:N_ABLATED]]
@@ -67,21 +67,24 @@ def _options() -> argparse.Namespace:
 
 
 def _tuned(systems: Sequence[System], budget_s: float, options: argparse.Namespace) -> dict[str, tuple[float, Mode]]:
-    """Learning rate and mode by system: those with the lowest loss after a shorter run on a fleet of its own."""
-    jobs = [
-        Job(s.name, rate, mode, TUNING_SEED, TUNING_RATIO * budget_s)
-        for s in systems
-        for rate in RATES
-        for mode in s.modes
-    ]
-    results = run_all(jobs, options.cache, options.workers)
-    best = {}
-    for system in systems:
-        own = [(r, j) for r, j in zip(results, jobs, strict=True) if j.system == system.name]
-        result, job = min(own, key=lambda pair: pair[0].points[-1].loss)
-        best[system.name] = job.rate, job.mode
-        print(f"{system.name}: rate {job.rate:.1e}, {job.mode}, loss {result.points[-1].loss:.4f}", flush=True)
-    return best
+    """Learning rate, then mode by system: those with the lowest loss after a shorter run on a fleet of its own."""
+    tuning_s = TUNING_RATIO * budget_s
+    rates = _best([Job(s.name, rate, s.modes[0], TUNING_SEED, tuning_s) for s in systems for rate in RATES], options)
+    modes = _best(
+        [Job(s.name, rates[s.name].rate, mode, TUNING_SEED, tuning_s) for s in systems for mode in s.modes], options
+    )
+    return {name: (job.rate, job.mode) for name, job in modes.items()}
+
+
+def _best(jobs: Sequence[Job], options: argparse.Namespace) -> dict[str, Job]:
+    """Of each system's runs the one with the lowest loss at its end."""
+    found: dict[str, tuple[float, Job]] = {}
+    for result, job in zip(run_all(jobs, options.cache, options.workers), jobs, strict=True):
+        loss = result.points[-1].loss
+        print(f"{job.system}: rate {job.rate:.1e}, {job.mode}: loss {loss:.4f}", flush=True)
+        if job.system not in found or loss < found[job.system][0]:
+            found[job.system] = loss, job
+    return {system: job for system, (_, job) in found.items()}
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def run(world: World, system: System, *, rate: float, mode: Mode, budget_s: floa
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(1, max_rounds + 1):
             if system.is_baseline:
-                asked = Round(baseline_choices(world, system), None)
+                asked = Round(baseline_choices(world, system, mode), None)
             elif number <= 2 or number % REPLAN_EVERY == 0:
                 bits: dict[str, Bits] = {agent: choice.bits for agent, choice in asked.choices.items()}
                 rank = max((f.rank for f in model.values()), default=0) if method.kind == "lora" else 0
@@ -126,7 +126,7 @@ def _shares(
         step_s = server.step_s(choice, frozen) * world.jitter(agent, number)
         expected[agent] = down_s, step_s
     deadline_s = asked.train_s
-    if system.is_baseline and mode == "deadline":
+    if system.is_baseline and mode != "wait":
         deadline_s = statistics.median(d + s * asked.choices[a].n_steps for a, (d, s) in expected.items())
     shares = {}
     for agent, choice in asked.choices.items():
@@ -203,7 +203,7 @@ def _task(
     training = Training(
         n_steps=share.n_steps,
         batch=_samples(share.choice),
-        learning_rate=rate,
+        learning_rate=rate * share.choice.rate_ratio,
         max_tokens=MAX_TOKENS,
         seed=world.seed * 1000 + list(world.servers).index(agent),
     )

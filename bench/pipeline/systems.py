@@ -23,13 +23,15 @@ from protocol.messages import Allowance, Bits, Report
 BATCH: Final = 8
 N_STEPS: Final = 20
 """Of a baseline's round."""
+LONG: Final = 3
 RANKS: Final = (1, 2, 4, 8, 16)
-RATES: Final = (1.5e-3, 3e-3, 6e-3)
+RATES: Final = (3e-3, 6e-3)
 REPLAN_EVERY: Final = 5
 OVERHEAD_STEPS: Final = 10
 """What a round costs every system beside training and transfers, in steps of the fastest server."""
 
-Mode = Literal["wait", "deadline"]
+Mode = Literal["wait", "deadline", "long"]
+"""What a round does about slow servers: waits for them, or ends when half of the servers are done; long has three times the steps."""
 
 
 class System(NamedTuple):
@@ -52,7 +54,7 @@ class System(NamedTuple):
     @property
     def modes(self) -> tuple[Mode, ...]:
         """What a round may do about slow servers; a plan says when it ends."""
-        return ("wait", "deadline") if self.is_baseline else ("deadline",)
+        return ("deadline", "long") if self.is_baseline else ("deadline",)
 
 
 FEDPIPE: Final = System("fedpipe", "qlora")
@@ -81,8 +83,9 @@ class Round(NamedTuple):
     train_s: float | None
 
 
-def baseline_choices(world: World, system: System, n_steps: int = N_STEPS) -> dict[str, Choice]:
+def baseline_choices(world: World, system: System, mode: Mode = "deadline") -> dict[str, Choice]:
     """The same steps and batch for all, at the ranks of the system."""
+    n_steps = N_STEPS * (LONG if mode == "long" else 1)
     names = [m.name for m in world.matrices]
     largest = {agent: max(_bears(server, names)) for agent, server in world.servers.items()}
     if system.ranks == "uniform":

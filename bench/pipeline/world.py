@@ -57,7 +57,7 @@ DEVICES: Final = {
     "medium": Device(4.0, 3.0, 400e3, 2e6),
     "straggler": Device(8.0, 2.0, 200e3, 1e6),
 }
-"""Memory and speed differ by a factor of eight; "small" has room for a 4-bit base alone (`smallest_bytes`)."""
+"""Memory and speed differ by a factor of eight; beside the fleet's adapter "small" has room for a 4-bit base alone."""
 
 
 class Machine(msgspec.Struct, frozen=True):

@@ -34,6 +34,8 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     batch: int
     accumulation: int = 1
     checkpointing: bool = False
+    rate_ratio: float = 1.0
+    """What the job's learning rate is multiplied by, for the size of this agent's steps."""
     why: str = ""
     """One line for people: how the numbers above came about."""
     limit: str = ""

@@ -119,7 +119,7 @@ def _training(job: JobState, round_: Round, share: Share) -> Training | None:
         batch=choice.batch,
         accumulation=choice.accumulation,
         checkpointing=choice.checkpointing,
-        learning_rate=spec.learning_rate,
+        learning_rate=spec.learning_rate * choice.rate_ratio,
         weight_decay=spec.weight_decay,
         max_gradient_norm=spec.max_gradient_norm,
         warmup_steps=spec.warmup_steps,

@@ -42,7 +42,7 @@ class Adapter(Table, frozen=True, kw_only=True):
     rank: Rank | None = None
     """Pinned: every trained matrix has this rank."""
     alpha: Annotated[float, Meta(gt=0, le=1024)] = 2.0
-    """The scale alpha / r of an update, the same for every rank, so that updates of mixed ranks add up."""
+    """Scale of an update of rank 8; another rank r has alpha sqrt(8 / r), so that one learning rate fits all ranks."""
     max_rank: Rank = 32
     """Rank of the global adapter; what truncation drops is reported."""
     bits: Bits | None = None
@@ -88,16 +88,18 @@ class Planning(Table, frozen=True, kw_only=True):
     batches: Annotated[list[Small], Meta(min_length=1, max_length=16)] = msgspec.field(
         default_factory=lambda: [1, 2, 4, 8, 16, 32]
     )
-    thrift: Annotated[float, Meta(ge=0, lt=1)] = 0.02
+    thrift: Annotated[float, Meta(ge=0, lt=1)] = 0.005
     """Progress that may be given up where it saves memory, time and bytes."""
     memory_ratio: Annotated[float, Meta(gt=0, le=1)] = 0.9
     """Share of an agent's free memory that a plan may fill."""
     time_ratio: Annotated[float, Meta(gt=0, le=1)] = 0.9
     """Share of the training time that a plan may fill: what is planned should be finished."""
+    rate_samples: Small = 8
+    """train.learning_rate is for steps of this many samples; a planned batch of n has sqrt(n / rate_samples) times that."""
     max_epochs: Annotated[float, Meta(gt=0, le=1000)] = 1.0
     """An agent passes over its own text at most this often in a round: beyond, it drifts away from the fleet."""
-    local_steps: Annotated[float, Meta(gt=0, le=10**7)] = 100.0
-    """Each further step of a round counts for less; after this many, for about a third."""
+    drift_steps: Annotated[float, Meta(gt=0, le=10**7)] = 40.0
+    """Steps of a round without noise, after which a further one counts for about a third: an agent drifts away."""
     min_train_s: Duration = 5.0
     max_train_s: Duration = 600.0
     """Between these the planner looks for the training time of a round."""

@@ -56,6 +56,7 @@ def moved(job: Job, share: Share, event: ev.ShareMoved) -> None:
     if event.state is ExecState.DONE and event.surveyed and event.surveyed.n_train > 0:
         member.surveyed, member.calibrated = event.surveyed, event.calibrated
         member.uncalibrated = "" if event.calibrated else event.reason
+        member.time_factor = event.calibrated.load_ratio if event.calibrated else 1.0
         job.end_share(share, 0, ExecState.DONE, "")
     else:
         member.excluded = event.reason or "the survey brought nothing to train on"

@@ -2,11 +2,11 @@
 
 What a round is worth to one agent (our design, in the frame of method.md section 3):
 
-    progress = quality(bits) x importance(ranks) x efficiency(batch) x useful(steps)
+    progress = quality(bits) x useful(importance(ranks)^3 x efficiency(batch) x steps)
 
-    importance   share of all gain that the chosen ranks capture (coordinator/planner/gains.py)
+    importance   share of all gain that the chosen ranks capture (coordinator/planner/gains.py); the power is measured
     efficiency   1 / (1 + noise / batch): a step on a larger batch is worth more, ever less so (McCandlish et al., 2018)
-    useful       S (1 - exp(-steps / S)): far into a round an agent drifts away from the fleet
+    useful       x -> D (1 - exp(-x / D)): far into a round an agent drifts away from the fleet
     quality      what the width of the base costs: its measured held-out loss beside that of the best width
 
 Memory and time limit it: download + steps x step + upload must fit the round.  For one agent and one mode (bits, batch,
@@ -23,6 +23,7 @@ enough: bytes that buy nothing are not sent.
 from __future__ import annotations
 
 import bisect
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Final, NamedTuple
@@ -191,7 +192,7 @@ def _choice(ask: Ask, draft: _Draft, answer: knapsack.Solution | knapsack.Infeas
         peak_bytes=int(peak_bytes),
         limit_bytes=explain.bound_bytes(one),
         up_bytes=up_bytes,
-        progress=float(importance * search.worth(ask, one, mode, picked.n_steps)),
+        progress=float(search.worth(ask, one, mode, importance, picked.n_steps)),
     )
     limited_by = explain.limit(ask, one, mode, picked.n_steps, draft.changes)
     return Choice(
@@ -201,6 +202,7 @@ def _choice(ask: Ask, draft: _Draft, answer: knapsack.Solution | knapsack.Infeas
         batch=mode.batch,
         accumulation=mode.accumulation,
         checkpointing=mode.checkpointing,
+        rate_ratio=_rate_ratio(ask, one, mode),
         why=explain.why(ask, mode, ranks, importance, predicted, limited_by),
         limit=limited_by,
         importance=importance,
@@ -213,6 +215,11 @@ def _ranks(ask: Ask, one: Server, options: Ints) -> dict[str, int]:
     """Rank by name of the matrices that are trained."""
     chosen = ((m, (0, *one.ranks)[option]) for m, option in zip(ask.matrices, options, strict=True))
     return {m.name: min(rank, m.d_in, m.d_out) for m, rank in chosen if rank}
+
+
+def _rate_ratio(ask: Ask, one: Server, mode: Mode) -> float:
+    """The square-root rule for Adam (Malladi et al., 2022, arXiv 2205.10287); a pinned batch keeps the rate as it is."""
+    return 1.0 if one.pins.batch else math.sqrt(mode.samples_per_step / ask.spec.plan.rate_samples)
 
 
 def _captured(ask: Ask, one: Server, ranks: dict[str, int]) -> float:

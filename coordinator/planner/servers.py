@@ -24,8 +24,8 @@ from protocol.messages import Bits, Calibrated, Matrix, Report, Surveyed
 F64 = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
-OOM_RATIO: Final = 0.85
-"""A share that ran out of memory is followed by one that is predicted to need at most this part of it."""
+OOM_RATIO: Final = 0.7
+"""A share that ran out of memory is followed by one with at most this part of what it needed beyond the bare base."""
 NO_LIMIT: Final = 2**60
 ITEM_BYTES: Final = {"fp32": 4, "fp16": 2, "bf16": 2}
 BUCKET: Final = 1.1
@@ -112,7 +112,7 @@ def server(ask: Ask, agent: str) -> Server:
         raise BadConfig(
             f"no width of the base is left: measured {held}, allowed {', '.join(sorted(may))}, pinned {pins.bits}"
         )
-    return Server(
+    one = Server(
         agent=agent,
         cost=cost,
         calibrated=found,
@@ -124,9 +124,12 @@ def server(ask: Ask, agent: str) -> Server:
         gain=gains.curves(scores, ask.matrices, ranks),
         bits=bits,
         max_batch=allowance.max_batch if allowance else 4096,
-        limit_bytes=_limit_bytes(ask, member, report),
+        limit_bytes=_limit_bytes(ask, report),
         up_bytes_per_s=report.up_bytes_per_s if report else 0.0,
         down_bytes_per_s=report.down_bytes_per_s if report else 0.0,
+    )
+    return (
+        one._replace(limit_bytes=min(one.limit_bytes, _below(ask, one, member.oom_bytes))) if member.oom_bytes else one
     )
 
 
@@ -147,8 +150,15 @@ def _allowed(ask: Ask, pins: Override, ranks: Sequence[int], max_rank: int) -> B
     return np.column_stack([idle, fits & chosen[:, None]])
 
 
-def _limit_bytes(ask: Ask, member: Member, report: Report | None) -> int:
-    """What the agent's training child may hold: its allowance, or what seems free, less a margin; below what did not fit once."""
+def _below(ask: Ask, one: Server, oom_bytes: int) -> int:
+    """A limit below what did not fit once.  The base itself cannot shrink; a share that needed nothing else leaves no room."""
+    depth, batch = int(layers(ask.matrices).max()), min(one.pins.batch or 1, one.max_batch)
+    floor = min(costs(ask, one, Mode(bits, batch, 1, checkpointing=True, skip=depth)).base_bytes for bits in one.bits)
+    return int(floor + OOM_RATIO * (oom_bytes - floor))
+
+
+def _limit_bytes(ask: Ask, report: Report | None) -> int:
+    """What the agent's training child may hold: its allowance, or what seems free, less a margin."""
     free = NO_LIMIT
     if report and report.allowance and report.allowance.memory_bytes:
         free = report.allowance.memory_bytes
@@ -156,8 +166,7 @@ def _limit_bytes(ask: Ask, member: Member, report: Report | None) -> int:
         free = max(gpu.free_bytes for gpu in report.gpus)
     elif report and report.ram_available_bytes:
         free = report.ram_available_bytes
-    once = int(member.oom_bytes * OOM_RATIO) if member.oom_bytes else NO_LIMIT
-    return min(int(free * ask.spec.plan.memory_ratio), once)
+    return int(free * ask.spec.plan.memory_ratio)
 
 
 def setting(ask: Ask, one: Server, mode: Mode, ranks: Mapping[str, int] | None = None) -> Setting:

@@ -11,6 +11,7 @@ import pytest
 import tomli_w
 
 from coordinator.core.state import ENDED
+from coordinator.plan_views import PlanView
 from coordinator.views import JobView
 from fedpipe import corpus, pretrain
 from fedpipe.broker import embedded_command, free_port, mosquitto_command
@@ -42,6 +43,7 @@ class Fleet:
     def __init__(self, folder: Path, base: Path, texts: dict[str, Path]) -> None:
         self.cluster = Cluster(folder)
         self.base, self.texts = base, texts
+        self.limits: dict[str, dict[str, Any]] = {}
         self.port = free_port()
         self.broker_port = free_port()
 
@@ -72,6 +74,7 @@ class Fleet:
     async def add_agent(self, agent: str) -> None:
         config = {
             "agent": agent,
+            "limits": self.limits.get(agent, {}),
             "progress_s": 0.5,
             "data": {"default": {"path": str(self.texts[agent])}},
             "base": {"model_dirs": [str(self.base.parent)]},
@@ -83,7 +86,7 @@ class Fleet:
         job: dict[str, Any] = {
             "job": {"name": "e2e", "seed": 3},
             "model": {"source": str(self.base)},
-            "adapter": {"rank": 8, "max_rank": 16, "model_dtype": "fp32"},
+            "adapter": {"targets": ["all"], "rank": 8, "bits": "nf4", "max_rank": 16, "model_dtype": "fp32"},
             "train": {"n_steps": 12, "batch": 8, "learning_rate": 3e-3, "max_tokens": 64},
             "round": {"n_rounds": 2, "start_agents": 3, "min_agents": 2, "train_s": 60.0, "grace_s": 20.0},
             "evaluate": {"held_out_ratio": HELD_OUT_RATIO, "max_samples": 64},
@@ -96,11 +99,15 @@ class Fleet:
         with Coordinator(f"http://127.0.0.1:{self.port}") as client:
             await asyncio.to_thread(client.submit, text)
 
-    async def look(self) -> JobView | None:
+    async def plan(self, job: str = "e2e") -> PlanView:
+        with Coordinator(f"http://127.0.0.1:{self.port}") as client:
+            return await asyncio.to_thread(client.plan, job)
+
+    async def look(self, name: str = "e2e") -> JobView | None:
         """The job as the API shows it; None while the coordinator is away."""
         try:
             with Coordinator(f"http://127.0.0.1:{self.port}") as client:
-                return await asyncio.to_thread(client.job, "e2e")
+                return await asyncio.to_thread(client.job, name)
         except Unavailable:
             return None
 
@@ -115,10 +122,10 @@ class Fleet:
                     pytest.fail(f"the job ended first: {job.text}; notes {self.cluster.notes}")
                 await asyncio.sleep(0.1)
 
-    async def ended(self) -> JobView:
+    async def ended(self, name: str = "e2e") -> JobView:
         async with asyncio.timeout(LIMIT_S):
             while True:
-                job = await self.look()
+                job = await self.look(name)
                 if job and job.phase in ENDED:
                     return job
                 await asyncio.sleep(0.2)
@@ -142,8 +149,11 @@ class Fleet:
 @pytest.fixture
 def fleet(tmp_path: Path, base: Path, texts: dict[str, Path]) -> Callable[[str], Any]:
     @asynccontextmanager
-    async def running(broker: str, absent: str = "") -> AsyncIterator[Fleet]:
+    async def running(
+        broker: str, absent: str = "", limits: dict[str, dict[str, Any]] | None = None
+    ) -> AsyncIterator[Fleet]:
         found = Fleet(tmp_path / "fleet", base, texts)
+        found.limits = limits or {}
         try:
             await found.start(broker, absent)
             yield found
