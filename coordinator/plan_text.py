@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
+import msgspec
 from rich.color import Color
 from rich.console import Group, RenderableType
 from rich.style import Style
@@ -30,7 +31,7 @@ LIMITS: Final = {
     "memory": "memory: more would not fit into what its owner lets it take",
     "time": "time: more would not be finished within the training time of a round",
     "data": "data: more steps would pass over its own text too often",
-    "rank": "rank: every matrix already has the largest that is allowed",
+    "rank": "nothing: more memory or time would bring no more",
     "pins": "pins: the job file decides",
 }
 
@@ -71,10 +72,10 @@ def _head(view: PlanView) -> RenderableType:
 def _choices(view: PlanView) -> Table:
     right = ("steps", "matrices", "rank sum", "importance", "up")
     table = _table("agent", "base", "batch", "steps", "matrices", "rank sum", "importance", "up", "limit", right=right)
-    for agent, plan in view.agents.items():
+    for names, plan in _alike(view):
         choice = plan.choice
         table.add_row(
-            Text(agent, style="bold"),
+            Text(names, style="bold"),
             choice.bits,
             _batch_text(plan),
             str(choice.n_steps),
@@ -87,6 +88,17 @@ def _choices(view: PlanView) -> Table:
     return table
 
 
+def _alike(view: PlanView) -> list[tuple[str, AgentPlan]]:
+    """Agents with equal plans and figures in one row, under the name of the first."""
+    alike: dict[bytes, list[str]] = {}
+    for agent, plan in view.agents.items():
+        alike.setdefault(msgspec.msgpack.encode(plan), []).append(agent)
+    return [
+        (first + (f" and {len(others)} alike" if others else ""), view.agents[first])
+        for first, *others in alike.values()
+    ]
+
+
 def _batch_text(plan: AgentPlan) -> str:
     choice = plan.choice
     text = f"{choice.batch}×{choice.accumulation}" if choice.accumulation > 1 else str(choice.batch)
@@ -96,10 +108,10 @@ def _batch_text(plan: AgentPlan) -> str:
 def _predictions(view: PlanView) -> Table:
     names = ("agent", "step", "measured", "training", "peak memory", "measured", "time ×", "memory ×")
     table = _table(*names, right=names[1:])
-    for agent, plan in view.agents.items():
+    for agents, plan in _alike(view):
         said, (step, memory) = plan.choice.predicted, _measured(plan.measured)
         table.add_row(
-            Text(agent, style="bold"),
+            Text(agents, style="bold"),
             step_text(said.step_s if said else 0.0),
             step,
             duration_text(said.train_s) if said else "",

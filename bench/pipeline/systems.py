@@ -25,7 +25,7 @@ N_STEPS: Final = 20
 """Of a baseline's round."""
 LONG: Final = 3
 RANKS: Final = (1, 2, 4, 8, 16)
-RATES: Final = (3e-3, 6e-3)
+RATES: Final = (3e-3, 6e-3, 12e-3)
 REPLAN_EVERY: Final = 5
 OVERHEAD_STEPS: Final = 10
 """What a round costs every system beside training and transfers, in steps of the fastest server."""

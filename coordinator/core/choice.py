@@ -23,6 +23,9 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     limit_bytes: int
     up_bytes: int
     progress: float
+    time_factor: float = 1.0
+    memory_factor: float = 1.0
+    """What the agent's cost model was corrected by when this was predicted."""
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):

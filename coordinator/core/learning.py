@@ -36,13 +36,15 @@ def learn(job: Job, agent: str, choice: Choice, offer: Offer, scores: Mapping[st
     member = job.state.members.get(agent)
     if member is None:
         return
-    if choice.predicted and offer.steps and offer.train_s:
-        off = (offer.train_s / offer.steps) / choice.predicted.step_s
-        member.time_factor = _moved(member.time_factor, off**TIME_GAIN)
+    expected = choice.predicted
+    if expected and offer.steps and offer.train_s:
+        off = (offer.train_s / offer.steps) / expected.step_s
+        member.time_factor = _moved(member.time_factor, expected.time_factor * off, TIME_GAIN)
         _note_drift(job, f"a step of {agent} took {off:.2f} times what was predicted", off)
-    if choice.predicted and offer.peak_bytes:
-        off = offer.peak_bytes / max(1, choice.predicted.peak_bytes)
-        member.memory_factor = _moved(member.memory_factor, off if off > 1 else off**MEMORY_GAIN)
+    if expected and offer.peak_bytes:
+        off = offer.peak_bytes / max(1, expected.peak_bytes)
+        seen = expected.memory_factor * off
+        member.memory_factor = _moved(member.memory_factor, seen, 1.0 if seen > member.memory_factor else MEMORY_GAIN)
         _note_drift(job, f"{agent} took {off:.2f} times the memory that was predicted", max(1.0, off))
     _rescore(member, scores)
 
@@ -71,9 +73,11 @@ def _note_drift(job: Job, text: str, off: float) -> None:
         job.state.stale = text
 
 
-def _moved(factor: float, by: float) -> float:
+def _moved(factor: float, seen: float, gain: float) -> float:
+    """A factor on its way to the one that was seen: a moving mean of the logarithm."""
     low, high = FACTOR_RANGE
-    return min(high, max(low, factor * by))
+    moved: float = factor ** (1 - gain) * seen**gain
+    return min(high, max(low, moved))
 
 
 def _rescore(member: Member, scores: Mapping[str, list[float]]) -> None:

@@ -193,6 +193,8 @@ def _choice(ask: Ask, draft: _Draft, answer: knapsack.Solution | knapsack.Infeas
         limit_bytes=explain.bound_bytes(one),
         up_bytes=up_bytes,
         progress=float(search.worth(ask, one, mode, importance, picked.n_steps)),
+        time_factor=ask.members[one.agent].time_factor,
+        memory_factor=ask.members[one.agent].memory_factor,
     )
     limited_by = explain.limit(ask, one, mode, picked.n_steps, draft.changes)
     return Choice(

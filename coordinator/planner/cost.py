@@ -23,7 +23,7 @@ import numpy.typing as npt
 from scipy.optimize import nnls
 
 from protocol import memory
-from protocol.messages import Bits, Calibrated, Point, Report, Surveyed
+from protocol.messages import Bits, Calibrated, Point, Surveyed
 
 F64 = npt.NDArray[np.float64]
 
@@ -33,10 +33,6 @@ PULL: Final = 0.03
 """Weight of the prior: a coefficient that is twice its prior costs as much as an error of 3 % times its share of a point."""
 OUTLIER: Final = 0.05
 """Relative errors beyond this count linearly instead of squared."""
-MAX_STEP_FACTOR: Final = 3.0
-MAX_FACTOR: Final = 10.0
-MEMORY_OF_FACTOR: Final = 0.5
-"""Weight of the newest round in a correction factor."""
 
 
 class Setting(NamedTuple):
@@ -88,7 +84,7 @@ class CostModel:
         return tuple(self._widths)
 
     def corrected(self, time_factor: float, memory_factor: float) -> CostModel:
-        """The same model with everything scaled by what rounds have shown (`correct`)."""
+        """The same model with everything scaled by what rounds have shown (coordinator/core/learning.py)."""
         widths = {bits: Width(w.time * time_factor, w.memory * memory_factor) for bits, w in self._widths.items()}
         return CostModel(self._surveyed, self._compute, widths)
 
@@ -291,18 +287,6 @@ def _solved(x: F64, y: F64, prior: F64, pull: F64) -> F64:
     return relative * prior
 
 
-def correct(factor: float, predicted: float, measured: float) -> float:
-    """The next time or memory factor of an agent, after a round: `predicted` is with `factor` applied.
-
-    A moving mean of the logarithm; a single round moves it by at most MAX_STEP_FACTOR before averaging, and it stays within
-    1 / MAX_FACTOR and MAX_FACTOR.  Unknown numbers (0) change nothing.
-    """
-    if predicted <= 0 or measured <= 0:
-        return factor
-    ratio = min(MAX_STEP_FACTOR, max(1 / MAX_STEP_FACTOR, measured / predicted))
-    return float(min(MAX_FACTOR, max(1 / MAX_FACTOR, factor * ratio**MEMORY_OF_FACTOR)))
-
-
 def shape_of(calibrated: Calibrated, batch: int, max_tokens: int) -> tuple[float, float]:
     """Mean and largest number of tokens of a micro-batch of `batch` samples, padding included.
 
@@ -318,11 +302,3 @@ def shape_of(calibrated: Calibrated, batch: int, max_tokens: int) -> tuple[float
     sizes = [shape.batch for shape in shapes]
     mean = np.interp(batch, sizes, [shape.mean_tokens for shape in shapes])
     return float(mean), float(np.interp(batch, sizes, [shape.max_tokens for shape in shapes]))
-
-
-def comm(bytes_up: float, bytes_down: float, report: Report | None) -> tuple[float, float]:
-    """Seconds down and up over the agent's link as it was measured; 0 while it is not known."""
-    if report is None:
-        return 0.0, 0.0
-    down, up = report.down_bytes_per_s, report.up_bytes_per_s
-    return (bytes_down / down if down else 0.0), (bytes_up / up if up else 0.0)

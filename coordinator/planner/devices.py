@@ -173,6 +173,7 @@ def _measured(device: Device, surveyed: Surveyed, spec: JobSpec) -> Calibrated:
     return Calibrated(
         device=device.name,
         noise_scale=NOISE_SCALE,
+        notes=["described, not measured"],
         compute=device.compute,
         probe_rank=PROBE,
         scores=scores.tobytes(),

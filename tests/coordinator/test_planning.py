@@ -166,6 +166,13 @@ def test_a_step_time_that_is_off_is_learned_and_makes_it_anew(play: Play, train_
     assert min(1.0, train_s / 2) < factor < max(1.0, train_s / 2)
 
 
+def test_an_error_that_stays_is_taken_over_once_and_not_again_each_round(play: Play) -> None:
+    opened(play, "a", plan={"replan_every": 50})
+    for _ in range(8):
+        one_round(play, "a", steps=2, train_s=2.3).lacks(act.MakePlan)
+    assert play.job().members["a"].time_factor == pytest.approx(1.15, rel=1e-3)
+
+
 def test_both_agents_of_a_round_teach(play: Play) -> None:
     opened(play, "a", "b").trains("a", steps=2, train_s=2.0, peak_bytes=5 * GIB).trains("b", steps=2, train_s=8.0)
     members = play.job().members
