@@ -82,7 +82,8 @@ def plan(ask: Ask, agents: Sequence[str]) -> Planned:
         ranked = search.ranked(ask, members[0], found, round_s)
         changes = explain.what_if(ask, members[0], found, round_s)
         for one in members:
-            draft = next((d for mode in ranked if (d := _draft(ask, one, mode, round_s, changes))), None)
+            own = ranked or search.ranked(ask, one, found, round_s)  # what speaks for the class may be the one that fits not
+            draft = next((d for mode in own if (d := _draft(ask, one, mode, round_s, changes))), None)
             if draft:
                 drafts.append(draft)
             else:

@@ -286,7 +286,7 @@ def test_a_report_without_allowance_uses_what_is_free() -> None:
 
 
 def test_what_if_says_what_more_would_bring() -> None:
-    tight = choice(but(memory_gib=1.1, mean_tokens=200.0), round={"train_s": 60.0})
+    tight = choice(but(memory_gib=0.8, tflops=20.0), round={"train_s": 60.0})
     assert list(tight.what_if) == ["1 GiB more memory", "1.5 times the round"]
     assert all(factor >= 1 - 1e-9 for factor in tight.what_if.values())
     assert tight.what_if["1 GiB more memory"] > 1.01
@@ -302,10 +302,10 @@ def test_the_limit_is_named() -> None:
 # ---------------------------------------------------------------------------------------------------------- a large fleet
 
 
-def test_a_thousand_servers_of_forty_kinds_are_planned_together() -> None:
-    devices = [but(name=f"d{i}", count=25, memory_gib=1.5 + i / 4, tflops=0.5 + i / 10) for i in range(40)]
+def test_a_hundred_servers_of_ten_kinds_are_planned_together() -> None:
+    devices = [but(name=f"d{i}", count=10, memory_gib=2.0 + i / 2, tflops=0.5 + i / 4) for i in range(10)]
     found = planned(*devices, plan={"batches": [4, 16]})
-    assert len(found.choices) == 1000
+    assert len(found.choices) == 100
 
 
 # ------------------------------------------------------------------------------------------------------------- the file
