@@ -12,7 +12,8 @@ What a round is worth to one agent (our design, in the frame of method.md sectio
 Memory and time limit it: download + steps x step + upload must fit the round.  For one agent and one mode (bits, batch,
 accumulation, checkpointing, first trained block) all of these are sums over the matrices, so prefixes of one concave-hull
 path (coordinator/planner/hull.py) are compared at once, for every length of the round at once.  The length decouples the
-agents: the fleet takes the one with the most progress per second, overhead included.  Modes are searched once per device
+agents: the fleet takes the one with the most progress per second, overhead included, where an agent counts by how much text
+stands behind it: a fast server with little text must not hurry the others.  Modes are searched once per device
 class; then each agent's ranks are solved for its own costs, its own gains and its own limits, with a certificate.
 
 Nothing that fits to within 5 % of the best is decided by noise: there the width that is loaded already wins, then more
@@ -73,7 +74,7 @@ def plan(ask: Ask, agents: Sequence[str]) -> Planned:
     lengths = _lengths(ask)
     searched = [search.frontiers(ask, members[0]) for members in classes]
     together = sum(
-        len(members) * search.best(ask, members[0], found, lengths, members[0].limit_bytes)
+        sum(one.n_samples for one in members) * search.best(ask, members[0], found, lengths, members[0].limit_bytes)
         for members, found in zip(classes, searched, strict=True)
     )
     round_s = float(lengths[int(np.argmax(together / (lengths + ask.overhead_s)))])
@@ -82,7 +83,9 @@ def plan(ask: Ask, agents: Sequence[str]) -> Planned:
         ranked = search.ranked(ask, members[0], found, round_s)
         changes = explain.what_if(ask, members[0], found, round_s)
         for one in members:
-            own = ranked or search.ranked(ask, one, found, round_s)  # what speaks for the class may be the one that fits not
+            own = ranked or search.ranked(
+                ask, one, found, round_s
+            )  # what speaks for the class may be the one that fits not
             draft = next((d for mode in own if (d := _draft(ask, one, mode, round_s, changes))), None)
             if draft:
                 drafts.append(draft)
