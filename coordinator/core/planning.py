@@ -131,6 +131,7 @@ def _memory_moved(job: Job, agent: str, choice: Choice) -> str:
     if allowance is None or choice.predicted is None or not choice.predicted.limit_bytes:
         return ""
     now, then = allowance.memory_bytes * rules.memory_ratio, choice.predicted.limit_bytes
-    if now < choice.predicted.peak_bytes or now > then * (1 + rules.drift_ratio):
+    is_bound_lower = job.state.members[agent].oom_bytes > 0  # by what did not fit, whatever is free
+    if now < choice.predicted.peak_bytes or (now > then * (1 + rules.drift_ratio) and not is_bound_lower):
         return f"{agent} may now use {now / 2**30:.1f} GiB, not {then / 2**30:.1f}"
     return ""

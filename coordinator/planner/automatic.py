@@ -66,7 +66,7 @@ class Planned(NamedTuple):
 
 
 def plan(ask: Ask, agents: Sequence[str]) -> Planned:
-    """Who trains what.  Deterministic.  Cost: some 0.3 s per device class, and milliseconds per agent."""
+    """Who trains what.  Deterministic.  Cost: some 0.3 s per device class, and 10 ms per agent."""
     servers, choices, left_out, notes = _servers(ask, agents)
     if not servers:
         return Planned(choices, left_out, ask.spec.round.train_s, notes)

@@ -286,7 +286,7 @@ def test_a_report_without_allowance_uses_what_is_free() -> None:
 
 
 def test_what_if_says_what_more_would_bring() -> None:
-    tight = choice(but(memory_gib=0.8, tflops=20.0), round={"train_s": 60.0})
+    tight = choice(but(memory_gib=0.7, tflops=20.0, examples=50_000), round={"train_s": 60.0})
     assert list(tight.what_if) == ["1 GiB more memory", "1.5 times the round"]
     assert all(factor >= 1 - 1e-9 for factor in tight.what_if.values())
     assert tight.what_if["1 GiB more memory"] > 1.01

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from coordinator.core import actions as act
@@ -43,11 +44,17 @@ def report(memory_gib: float = 8 / 0.9, paused: str = "") -> Report:
     return Report(allowance=Allowance(memory_bytes=int(memory_gib * GIB), paused=paused))
 
 
-def planned(play: Play, *, left_out: dict[str, str] | None = None, train_s: float = 30.0) -> Play:
+def planned(
+    play: Play,
+    *,
+    left_out: dict[str, str] | None = None,
+    train_s: float = 30.0,
+    special: dict[str, Choice] | None = None,
+) -> Play:
     """Answer the last MakePlan as the planner would."""
     asked = next(w for w in reversed(play.everything) if isinstance(w, act.MakePlan))
     left_out = left_out or {}
-    choices = {agent: CHOICE for agent in asked.agents if agent not in left_out}
+    choices = {agent: (special or {}).get(agent, CHOICE) for agent in asked.agents if agent not in left_out}
     answer = ev.PlanReady(
         job=asked.job,
         round=asked.round,
@@ -185,8 +192,13 @@ def test_running_out_of_memory_bounds_the_next_plan(play: Play) -> None:
     opened(play, "a", "b").trains("b").move("a", ExecState.FAILED, reason="out_of_memory: predicted 4, measured 5")
     play.fold().expects(act.MakePlan, reason="a ran out of memory", agents=["a", "b"])
     assert play.job().members["a"].oom_bytes == 4 * GIB
-    planned(play).trains("b").move("a", ExecState.FAILED, reason="died: SIGKILL (out of memory?)")
-    assert play.job().members["a"].oom_bytes == 4 * GIB
+    bound = msgspec.structs.replace(
+        CHOICE, predicted=msgspec.structs.replace(PREDICTED, limit_bytes=3 * GIB, peak_bytes=2 * GIB)
+    )
+    planned(play, special={"a": bound}).trains("a", "b")
+    play.fold().lacks(act.MakePlan)  # that more is free is no news
+    play.trains("b").move("a", ExecState.FAILED, reason="died: SIGKILL (out of memory?)")
+    assert play.job().members["a"].oom_bytes == 2 * GIB
 
 
 def test_another_failure_teaches_nothing_about_memory(play: Play) -> None:

@@ -72,14 +72,16 @@ async def test_a_child_that_the_kernel_kills_dies_alone_and_the_next_plan_is_sma
 ) -> None:
     victim = min(texts)
     async with fleet("embedded") as running:
-        await running.submit(open_job(running, plan={"max_train_s": 20.0, "min_train_s": 15.0}))
+        # A new child imports torch first, which must fit the round even on a busy machine.
+        lengths = {"min_train_s": 40.0, "max_train_s": 50.0}
+        await running.submit(open_job(running, plan=lengths, round={"n_rounds": 2}))
         await running.until(lambda job: bool(job.current) and _state(job, victim) == "TRAINING")
         needed = (await running.plan()).agents[victim].choice.predicted
         assert needed
         agent = psutil.Process(running.cluster.members[victim].process.pid)
         (child,) = agent.children()
         child.kill()
-        await running.until(lambda job: job.round >= 2)
+        await running.until(lambda job: job.round >= 1 and job.phase is Phase.COLLECTING)
         found = (await running.plan()).agents[victim]
         assert found.oom_bytes == needed.peak_bytes
         assert found.choice.predicted
