@@ -33,7 +33,7 @@ from agent.batches import Batch, token_losses
 from agent.child import Stepped
 from agent.loading import Loaded, matrices
 from agent.trainers import TrainingFailed
-from agent.trainers.lora import LOCAL, adapted
+from agent.trainers.lora import LOCAL, adapted, scale_of
 from protocol.messages import Calibration
 from protocol.tensors import F32
 
@@ -137,7 +137,7 @@ def _gradient(base: Loaded, batches: Iterator[Batch], ask: Calibration, is_enoug
         for row, a in zip(scores, probe.a, strict=True):
             assert a.grad is not None
             gram = (a.grad.double() @ a.grad.double().T).cpu()  # (p, p): its eigenvalues are sigma^2
-            found = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)[: len(row)].numpy()
+            found = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)[: len(row)].numpy() / scale_of(1.0, len(gram)) ** 2
             row[: len(found)] = found
         return Scored(scores, sketched.noise_scale)
 
@@ -189,7 +189,7 @@ def _sketch(
 ) -> Generator[Stepped, bool, _Sketched | None]:
     probe.begin(probe.b)
     # E |G A^T|^2 = |G|^2 |A|^2 / d_in for independent entries of A, so these weights make squared norms of sketches ones of G.
-    weights = [a.shape[1] / float(a.detach().square().sum()) for a in probe.a]
+    weights = [a.shape[1] / float(a.detach().square().sum()) / scale_of(1.0, len(a)) ** 2 for a in probe.a]
     sums = [torch.zeros_like(b) for b in probe.b]
     used: list[Batch] = []
     squares = 0.0

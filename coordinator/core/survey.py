@@ -5,7 +5,7 @@ A survey belongs to one agent and one job and runs whenever that agent is idle, 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from coordinator.core import actions as act
 from coordinator.core import events as ev
@@ -15,6 +15,9 @@ from protocol.messages import TERMINAL, ExecState
 
 if TYPE_CHECKING:
     from coordinator.core.job import Job
+
+UNPROVEN: Final = 1.1
+"""Memory is planned with a tenth more than the model says until a round has shown it: too low costs a round, too high little."""
 
 
 def ask(job: Job) -> None:
@@ -57,6 +60,7 @@ def moved(job: Job, share: Share, event: ev.ShareMoved) -> None:
         member.surveyed, member.calibrated = event.surveyed, event.calibrated
         member.uncalibrated = "" if event.calibrated else event.reason
         member.time_factor = event.calibrated.load_ratio if event.calibrated else 1.0
+        member.memory_factor = UNPROVEN
         job.end_share(share, 0, ExecState.DONE, "")
     else:
         member.excluded = event.reason or "the survey brought nothing to train on"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from agent import loading
-from agent.trainers.lora import adapted, subspace_rows
+from agent.trainers.lora import adapted, scale_of, subspace_rows
 from protocol.adapters import Adapter, Factors, canonical
 from protocol.errors import BadMessage, BadUpdate
 from protocol.messages import Bits
@@ -56,7 +56,7 @@ def set_local(model: Any, adapter: Adapter) -> None:
         for name, factors in adapter.items():
             layer = model.model.get_base_model().get_submodule(name)
             layer.lora_A["local"].weight.copy_(torch.from_numpy(factors.a))
-            layer.lora_B["local"].weight.copy_(torch.from_numpy(factors.b / SCALE))
+            layer.lora_B["local"].weight.copy_(torch.from_numpy(factors.b / scale_of(SCALE, factors.rank)))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

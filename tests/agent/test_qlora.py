@@ -21,7 +21,7 @@ from agent.child import Evaluated, Finished, Phase, Stepped, TrainTask
 from agent.data import DataConfig
 from agent.trainers import Running, TrainingFailed
 from agent.trainers.loop import learning_rate
-from agent.trainers.lora import adapted
+from agent.trainers.lora import adapted, scale_of
 from agent.trainers.meter import Meter, out_of_memory_named
 from agent.trainers.qlora import QLora, draw_seed
 from protocol.adapters import Adapter, canonical
@@ -87,7 +87,8 @@ def test_at_version_zero_it_is_the_run_that_peft_alone_makes(
     for name, factors in update(finished).items():
         layer = model.get_base_model().get_submodule(name)
         np.testing.assert_allclose(factors.a, layer.lora_A["default"].weight.detach(), atol=2e-5)
-        np.testing.assert_allclose(factors.b, 2 * layer.lora_B["default"].weight.detach().numpy(), atol=2e-5)
+        theirs_b = scale_of(2.0, 4) * layer.lora_B["default"].weight.detach().numpy()
+        np.testing.assert_allclose(factors.b, theirs_b, atol=2e-5)
 
 
 def by_hand(task: TrainTask, folder: Path, records: list[dict[str, str]], tokenizer: Any) -> tuple[list[float], Any]:
@@ -107,7 +108,9 @@ def by_hand(task: TrainTask, folder: Path, records: list[dict[str, str]], tokeni
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **quantized)
     torch.manual_seed(draw_seed(task.plan, "adapter"))
     modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=modules))
+    model = get_peft_model(
+        base, LoraConfig(r=4, lora_alpha=4 * scale_of(2.0, 4), lora_dropout=0.0, target_modules=modules)
+    )
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3, weight_decay=0.0)
     found = []
