@@ -84,18 +84,20 @@ def train_s(job: Job) -> float:
 
 
 def _adopt(job: Job, event: ev.PlanReady) -> None:
-    """Keep the planner's answer; an agent that cannot take part hears why."""
-    state = job.state
+    """Keep the planner's answer about those it was asked about; one that is free and cannot take part hears why."""
+    state, asked = job.state, set(job.state.planned)
     state.stale = ""
     state.plan = RoundPlan(
         round=event.round,
         reason=event.reason,
         train_s=event.train_s,
-        choices=event.choices,
-        left_out=event.left_out,
+        choices={agent: choice for agent, choice in event.choices.items() if agent in asked},
+        left_out={agent: why for agent, why in event.left_out.items() if agent in asked},
         notes=event.notes,
     )
-    for agent, reason in sorted(event.left_out.items()):
+    for agent, reason in sorted(state.plan.left_out.items()):
+        if job.fleet.agents[agent].task:
+            continue
         cancel = Cancel(job=job.name, round=event.round, attempt=event.attempt, reason=reason[:2000])
         job.out.append(act.Withdraw(agent=agent, cancel=cancel))
 
