@@ -11,8 +11,10 @@ from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta
+from msgspec.structs import replace
 
-from protocol.messages import Bits
+from protocol.errors import BadConfig
+from protocol.messages import Bits, Plan
 
 Positive = Annotated[int, Meta(ge=1, le=2**50)]
 Bytes = Annotated[int, Meta(ge=0, le=2**50)]
@@ -81,6 +83,29 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             start <= minute < end if start < end else minute >= start or minute < end
             for start, end in map(parse_hours, self.hours)
         )
+
+    def kept(self, plan: Plan) -> Plan:
+        """The plan as it may be carried out here: what may not be measured is left out.
+
+        Raises BadConfig for training beyond a limit; the coordinator knows them, so only one that is wrong asks for that.
+        """
+        if plan.train:
+            asked = (
+                ("rank", max(plan.ranks.values(), default=0), self.max_rank),
+                ("batch", plan.train.batch, self.max_batch),
+            )
+            for name, wanted, most in asked:
+                if wanted > most:
+                    raise BadConfig(f"the plan asks for {name} {wanted}, this server allows {most} (limits.max_{name})")
+            if plan.bits not in self.bits:
+                raise BadConfig(
+                    f"the plan asks for {plan.bits}, this server allows {', '.join(self.bits)} (limits.bits)"
+                )
+        if plan.calibration:
+            bits = [width for width in plan.calibration.bits if width in self.bits]
+            batches = [batch for batch in plan.calibration.batches if batch <= self.max_batch] or [self.max_batch]
+            return replace(plan, calibration=replace(plan.calibration, bits=bits, batches=batches) if bits else None)
+        return plan
 
     def allowed_bytes(self, free_bytes: int, own_bytes: int) -> int:
         """Memory that the training child may hold in all, given what is free and what it holds now."""

@@ -100,7 +100,8 @@ class Training:
                 return ev.ChildFailed(reason=f"{reason}: {detail}" if detail else reason)
 
     async def _task(self, wish: act.StartChild) -> child.TrainTask:
-        plan, config = wish.plan, self._config
+        config = self._config
+        plan = config.limits.kept(wish.plan)
         data = config.data.get(plan.data)
         if data is None:
             known = ", ".join(sorted(config.data)) or "none"

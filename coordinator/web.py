@@ -35,10 +35,11 @@ from coordinator import views
 from coordinator.access import HEALTH, TokenMiddleware, read_token
 from coordinator.config import Web
 from coordinator.core.events import JobCancelled
-from coordinator.core.state import ENDED, JobState
+from coordinator.core.state import ENDED, JobState, RoundRecord
 from coordinator.exporting import pick
 from coordinator.feed import Feed
 from coordinator.plan_views import plan_view, unplanned_text
+from coordinator.store import Version
 from coordinator.submission import Taken, parse_job, submit
 from coordinator.tarball import adapter_tar
 from protocol import SOFTWARE
@@ -125,12 +126,9 @@ class Api:
 
     async def job(self, request: Request) -> Response:
         """See views.JobView."""
-        name = self._job(request).spec.job.name
-        store = self._coordinator.store
-        rounds = await asyncio.to_thread(store.rounds, name)
-        versions = await asyncio.to_thread(store.versions, name)
+        job, rounds, versions = await self._told(request)
         view = views.job_view(
-            self._coordinator.fleet.state.jobs[name],
+            job,
             rounds,
             versions,
             presence=self._coordinator.presence,
@@ -141,16 +139,12 @@ class Api:
 
     async def versions(self, request: Request) -> Response:
         """A list of views.VersionView, oldest first."""
-        job = self._job(request)
-        store, name = self._coordinator.store, job.spec.job.name
-        rounds = await asyncio.to_thread(store.rounds, name)
-        return answer(views.version_views(store.versions(name), views.evaluations(rounds, job.round)))
+        job, rounds, versions = await self._told(request)
+        return answer(views.version_views(versions, views.evaluations(rounds, job.round)))
 
     async def plan(self, request: Request) -> Response:
         """See plan_views.PlanView."""
-        name = self._job(request).spec.job.name
-        rounds = await asyncio.to_thread(self._coordinator.store.rounds, name)
-        job = self._coordinator.fleet.state.jobs[name]
+        job, rounds, _ = await self._told(request)
         if job.plan is None:
             raise HTTPException(404, unplanned_text(job))
         return answer(plan_view(job, job.plan, rounds, self._coordinator.clock()))
@@ -198,6 +192,18 @@ class Api:
             "fedpipe-version": str(version.version),
         }
         return StreamingResponse(_blocks(tar), media_type="application/x-tar", headers=headers)
+
+    async def _told(self, request: Request) -> tuple[JobState, list[RoundRecord], list[Version]]:
+        """A job, its ended rounds and its versions as of one moment: a job that moves on meanwhile is read again."""
+        store = self._coordinator.store
+        while True:
+            job = self._job(request)
+            name, moment = job.spec.job.name, (job.phase, job.round_number, job.attempt)
+            rounds = await asyncio.to_thread(store.rounds, name)
+            versions = await asyncio.to_thread(store.versions, name)
+            job = self._job(request)
+            if moment == (job.phase, job.round_number, job.attempt):
+                return job, rounds, versions
 
     def _job(self, request: Request) -> JobState:
         name = str(request.path_params["name"])

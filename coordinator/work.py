@@ -62,6 +62,10 @@ class Work:
             found = await asyncio.to_thread(automatic.plan, ask, wish.agents)
         except BadConfig as error:
             return ev.PlanFailed(reason=str(error), **asked)  # type: ignore[arg-type]
+        except Exception as error:  # ours: the job ends with it, the other jobs and the daemon go on
+            logger.exception("the planner failed", extra={"action": "plan_failed", "job": wish.job})
+            reason = f"a fault of the planner's own ({type(error).__name__}: {error}): the coordinator's log says more"
+            return ev.PlanFailed(reason=reason, **asked)  # type: ignore[arg-type]
         extra = {
             "action": "plan",
             "job": wish.job,

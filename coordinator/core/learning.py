@@ -85,9 +85,10 @@ def _rescore(member: Member, scores: Mapping[str, list[float]]) -> None:
     calibrated, surveyed = member.calibrated, member.surveyed
     if not scores or calibrated is None or surveyed is None:
         return
-    width, old = calibrated.probe_rank, array("f", calibrated.scores)
-    if len(old) != width * len(surveyed.matrices):
+    width = calibrated.probe_rank
+    if len(calibrated.scores) != 4 * width * len(surveyed.matrices):
         return
+    old = array("f", calibrated.scores)
     rows = {matrix.name: at * width for at, matrix in enumerate(surveyed.matrices)}
     pairs = [
         (rows[name] + i, value)

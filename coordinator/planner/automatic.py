@@ -34,6 +34,7 @@ import numpy.typing as npt
 
 from coordinator.core.choice import Choice, Prediction
 from coordinator.planner import explain, fixed, gains, knapsack, search
+from coordinator.planner.bounds import bounds
 from coordinator.planner.servers import (
     ITEM_BYTES,
     Ask,
@@ -106,14 +107,16 @@ def _servers(ask: Ask, agents: Sequence[str]) -> tuple[list[Server], dict[str, C
     left_out: dict[str, str] = {}
     notes: list[str] = []
     for agent in sorted(agents):
+        may = bounds(ask.reports.get(agent))
         try:
             if ask.spec.is_pinned(agent):
-                choices[agent] = fixed.choose(ask.spec, agent, ask.matrices)
-            else:
+                choices[agent] = fixed.choose(ask.spec, agent, ask.matrices, may)
+                continue
+            try:
                 found.append(server(ask, agent))
-        except BadMessage as error:
-            choices[agent] = fixed.choose(ask.spec, agent, ask.matrices, f"by default: {error}")
-            notes.append(f"{agent} takes part with defaults: {error}")
+            except BadMessage as error:
+                choices[agent] = fixed.choose(ask.spec, agent, ask.matrices, may, f"by default: {error}")
+                notes.append(f"{agent} takes part with defaults: {error}")
         except BadConfig as error:
             left_out[agent] = str(error)
     alike: dict[tuple[int, ...], list[Server]] = defaultdict(list)
@@ -132,7 +135,7 @@ def _classes(ask: Ask, servers: Sequence[Server]) -> list[list[Server]]:
     """Servers by device class; the first of each is the slowest and most limited and speaks for the others."""
     classes: dict[object, list[tuple[float, int, str, Server]]] = defaultdict(list)
     for one in servers:
-        found = costs(ask, one, Mode(one.bits[0], search.batches(ask, one)[0], 1, checkpointing=False, skip=0))
+        found = costs(ask, one, Mode(one.bits[0], one.batches[0], 1, checkpointing=False, skip=0))
         key = class_of(one, ask.bits_now.get(one.agent), (found.base_s, found.base_bytes))
         classes[key].append((-found.base_s, one.limit_bytes, one.agent, one))
     return [[one for *_, one in sorted(those, key=lambda entry: entry[:3])] for those in classes.values()]

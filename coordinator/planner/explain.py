@@ -13,6 +13,8 @@ from coordinator.planner.servers import NO_LIMIT, Ask, Mode, Server
 
 LONGER: Final = 1.5
 GIB: Final = 2**30
+ROOMIER_TEXT: Final = "1 GiB more memory"
+LONGER_TEXT: Final = f"{LONGER:g} times the round"
 MATTERS: Final = 1.005
 """More of a limit that brings less than this does not count as one."""
 ENDS: Final = {
@@ -30,7 +32,7 @@ def what_if(ask: Ask, one: Server, searched: Sequence[Frontier], round_s: float)
     roomier = best(ask, one, searched, np.array([round_s]), one.limit_bytes + GIB)[0]
     if now <= 0:
         return {}
-    return {"1 GiB more memory": float(roomier / now), f"{LONGER:g} times the round": float(longer / now)}
+    return {ROOMIER_TEXT: float(roomier / now), LONGER_TEXT: float(longer / now)}
 
 
 def limit(ask: Ask, one: Server, mode: Mode, n_steps: int, changes: dict[str, float]) -> str:
@@ -39,7 +41,7 @@ def limit(ask: Ask, one: Server, mode: Mode, n_steps: int, changes: dict[str, fl
         return "pins"
     if n_steps >= enough(ask, one, mode):
         return "data"
-    memory, time = list(changes.values()) or [1.0, 1.0]
+    memory, time = changes.get(ROOMIER_TEXT, 1.0), changes.get(LONGER_TEXT, 1.0)
     if max(memory, time) < MATTERS:
         return "rank"
     return "memory" if memory > time else "time"

@@ -10,6 +10,7 @@ from typing import Final
 
 from coordinator.core.choice import Choice
 from coordinator.core.spec import JobSpec
+from coordinator.planner.bounds import Bounds
 from protocol.errors import BadConfig
 from protocol.messages import Matrix
 
@@ -30,16 +31,20 @@ def select(matrices: Sequence[Matrix], targets: Iterable[str]) -> list[Matrix]:
     return [chosen[name] for name in sorted(chosen)]
 
 
-def choose(spec: JobSpec, agent: str, matrices: Sequence[Matrix], why: str = "by default") -> Choice:
-    """One agent's choice, with plain defaults for what the job file leaves open.  A rank is never above min(d_in, d_out).  Raises BadConfig for a target that names nothing."""
+def choose(spec: JobSpec, agent: str, matrices: Sequence[Matrix], may: Bounds, why: str = "by default") -> Choice:
+    """One agent's choice, with plain defaults, as far as they are allowed, for what the job file leaves open.
+
+    A rank is never above min(d_in, d_out).  Raises BadConfig for a target that names nothing and for a pin that is not allowed.
+    """
     pins = spec.pins(agent)
+    may.refuse(pins)
     chosen = select(matrices, pins.targets or ["all"])
-    rank = pins.rank or RANK
+    rank = pins.rank or min(RANK, may.max_rank)
     return Choice(
         ranks={m.name: min(rank, m.d_in, m.d_out) for m in chosen},
-        bits=pins.bits or "nf4",
+        bits=pins.bits or may.bits[0],
         n_steps=pins.n_steps or N_STEPS,
-        batch=pins.batch or BATCH,
+        batch=pins.batch or min(BATCH, may.max_batch),
         accumulation=pins.accumulation or 1,
         checkpointing=bool(pins.checkpointing),
         why="as the job file says" if spec.is_pinned(agent) else why,

@@ -55,24 +55,18 @@ class Pick(NamedTuple):
     progress: float
 
 
-def batches(ask: Ask, one: Server) -> list[int]:
-    """Micro-batches that this agent may use, ascending."""
-    wanted = [one.pins.batch] if one.pins.batch else sorted(ask.spec.plan.batches)
-    return [b for b in wanted if b <= one.max_batch] or [min(wanted)]
-
-
 def modes(ask: Ask, one: Server) -> Iterator[Mode]:
     """Every mode that the pins leave open.  Accumulation stands in for batches that do not fit or do not exist."""
     pins, depth = one.pins, layers(ask.matrices)
     must = depth[~one.allowed[:, 0]]
     first = int(must.min()) if must.size else int(depth.max())
     skips = [first] if pins.targets else sorted({min(first, int(share * (depth.max() + 1))) for share in DEPTHS})
-    sizes = batches(ask, one)
     for bits in one.bits:
         for skip in skips:
             for checkpointing in [False, True] if pins.checkpointing is None else [pins.checkpointing]:
-                for batch in sizes:
-                    sums = [whole // batch for whole in (*sizes, LARGEST * sizes[-1]) if whole % batch == 0]
+                for batch in one.batches:
+                    wholes = (*one.batches, LARGEST * one.batches[-1])
+                    sums = [whole // batch for whole in wholes if whole % batch == 0]
                     for accumulation in [pins.accumulation] if pins.accumulation else sums:
                         yield Mode(bits, batch, accumulation, checkpointing, skip)
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from coordinator.core.spec import JobSpec, Override
 from coordinator.core.state import Member
 from coordinator.planner import fixed, gains
+from coordinator.planner.bounds import bounds
 from coordinator.planner.cost import CostModel, Marginal, Setting, fit, shape_of
 from protocol import memory
 from protocol.errors import BadConfig, BadMessage
@@ -65,7 +66,7 @@ class Server(NamedTuple):
     allowed: Bools
     gain: F64
     bits: tuple[Bits, ...]
-    max_batch: int
+    batches: list[int]
     limit_bytes: int
     up_bytes_per_s: float
     down_bytes_per_s: float
@@ -99,18 +100,19 @@ def server(ask: Ask, agent: str) -> Server:
     if found is None or surveyed is None:
         raise BadMessage(member.uncalibrated or "nothing was measured")
     places = {m.name: at for at, m in enumerate(surveyed.matrices)}
+    if lacking := [m.name for m in ask.matrices if m.name not in places]:
+        raise BadMessage(f"the survey lacks {len(lacking)} matrices of the base, such as {lacking[0]!r}")
     order = np.array([places[m.name] for m in ask.matrices])
     scores = gains.scores_of(found, len(surveyed.matrices))[order]
-    allowance = report.allowance if report else None
+    may = bounds(report)
     ranks = tuple(sorted({pins.rank} if pins.rank else set(ask.spec.plan.ranks)))
-    allowed = _allowed(ask, pins, ranks, allowance.max_rank if allowance else 1024)
-    cost = fit(surveyed, found).corrected(member.time_factor, member.memory_factor)
-    may = set(report.bits) if report and report.bits else {"none", "int8", "nf4"}
-    bits = tuple(b for b in sorted(cost.bits) if b in may and pins.bits in {None, b})
+    may.refuse(pins, ranks)
+    cost = _fitted(surveyed, found).corrected(member.time_factor, member.memory_factor)
+    bits = tuple(b for b in sorted(cost.bits) if b in may.bits and pins.bits in {None, b})
     if not bits:
         held = ", ".join(cost.bits) or "none at all"
         raise BadConfig(
-            f"no width of the base is left: measured {held}, allowed {', '.join(sorted(may))}, pinned {pins.bits}"
+            f"no width of the base is left: measured {held}, allowed {', '.join(may.bits)}, pinned {pins.bits}"
         )
     one = Server(
         agent=agent,
@@ -120,28 +122,44 @@ def server(ask: Ask, agent: str) -> Server:
         pins=pins,
         order=order,
         ranks=ranks,
-        allowed=allowed,
+        allowed=_allowed(ask, pins, ranks, may.max_rank),
         gain=gains.curves(scores, ask.matrices, ranks),
         bits=bits,
-        max_batch=allowance.max_batch if allowance else 4096,
+        batches=may.batches([pins.batch] if pins.batch else ask.spec.plan.batches),
         limit_bytes=_limit_bytes(ask, report),
         up_bytes_per_s=report.up_bytes_per_s if report else 0.0,
         down_bytes_per_s=report.down_bytes_per_s if report else 0.0,
     )
+    _priced(ask, one)
     return (
         one._replace(limit_bytes=min(one.limit_bytes, _below(ask, one, member.oom_bytes))) if member.oom_bytes else one
     )
+
+
+def _priced(ask: Ask, one: Server) -> None:
+    """Raise BadMessage unless training costs this agent some time and memory, and not without end."""
+    for bits in one.bits:
+        found = costs(ask, one, Mode(bits, one.batches[0], 1, checkpointing=False, skip=0))
+        is_finite = np.isfinite(found.time).all() and np.isfinite(found.memory).all()
+        if not (is_finite and 0 < found.base_s < np.inf and 0 < found.base_bytes < np.inf):
+            raise BadMessage(
+                f"its measurements say that a step in {bits} takes {found.base_s:g} s, {found.base_bytes:g} bytes"
+            )
+
+
+def _fitted(surveyed: Surveyed, calibrated: Calibrated) -> CostModel:
+    """The agent's cost model.  Measurements come from outside: what no model can be made of is a BadMessage."""
+    try:
+        return fit(surveyed, calibrated)
+    except (ArithmeticError, ValueError, RuntimeError) as error:
+        raise BadMessage(f"no cost model can be made of the measurements: {error}") from error
 
 
 def _allowed(ask: Ask, pins: Override, ranks: Sequence[int], max_rank: int) -> Bools:
     """Which matrix may take which rank, (K, 1 + len(ranks)).  A pinned set of matrices must be trained, all of it."""
     full = np.array([min(m.d_in, m.d_out) for m in ask.matrices])
     options = np.array(ranks)
-    fits = (options[None, :] <= np.maximum(full, options.min())[:, None]) & (options <= max(max_rank, options.min()))
-    if pins.rank and pins.rank > max_rank:
-        raise BadConfig(
-            f"rank {pins.rank} is pinned, the agent allows {max_rank}: lower the pin or raise limits.max_rank"
-        )
+    fits = (options[None, :] <= np.maximum(full, options.min())[:, None]) & (options <= max_rank)
     chosen = np.ones(len(full), dtype=bool)
     if pins.targets:
         names = {m.name for m in fixed.select(ask.matrices, pins.targets)}
@@ -152,7 +170,7 @@ def _allowed(ask: Ask, pins: Override, ranks: Sequence[int], max_rank: int) -> B
 
 def _below(ask: Ask, one: Server, oom_bytes: int) -> int:
     """A limit below what did not fit once.  The base itself cannot shrink; a share that needed nothing else leaves no room."""
-    depth, batch = int(layers(ask.matrices).max()), min(one.pins.batch or 1, one.max_batch)
+    depth, batch = int(layers(ask.matrices).max()), one.pins.batch or 1
     floor = min(costs(ask, one, Mode(bits, batch, 1, checkpointing=True, skip=depth)).base_bytes for bits in one.bits)
     return int(floor + OOM_RATIO * (oom_bytes - floor))
 
@@ -222,7 +240,7 @@ def class_of(one: Server, held: Bits | None, reference: tuple[float, float]) -> 
     return (
         one.calibrated.device,
         one.bits,
-        one.max_batch,
+        tuple(one.batches),
         held,
         one.ranks,
         one.allowed.tobytes(),

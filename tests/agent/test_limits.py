@@ -13,6 +13,7 @@ from agent.config import AgentConfig
 from agent.limits import Limits, parse_hours
 from protocol.daemon import load_toml
 from protocol.errors import BadConfig
+from protocol.messages import Base, Calibration, Plan, Training
 
 GIB = 2**30
 
@@ -96,3 +97,35 @@ def test_a_bad_limit_is_named_with_its_place(tmp_path: Path, line: str, told: st
     path.write_text(f'agent = "a1"\n[limits]\n{line}\n')
     with pytest.raises(BadConfig, match=told):
         load_toml(path, AgentConfig)
+
+
+# --------------------------------------------------------------------------------------------------- a plan, as it came
+
+
+def plan(purpose: Any = "train", **fields: Any) -> Plan:
+    base = Base(source="toy", sha256="")
+    said: dict[str, Any] = {"job": "j", "round": 1, "attempt": 0, "method": "qlora", "issued_at": 0.0}
+    return Plan(base=base, purpose=purpose, stop_after_s=9.0, ttl_s=9.0, **said | fields)
+
+
+@pytest.mark.parametrize(
+    ("limits", "told"),
+    [
+        ({"max_rank": 4}, r"the plan asks for rank 8, this server allows 4 \(limits.max_rank\)"),
+        ({"max_batch": 2}, r"the plan asks for batch 16, this server allows 2 \(limits.max_batch\)"),
+        ({"bits": ["int8"]}, r"the plan asks for nf4, this server allows int8 \(limits.bits\)"),
+    ],
+)
+def test_training_beyond_a_limit_is_refused_by_the_agent_itself(limits: dict[str, Any], told: str) -> None:
+    asked = plan(ranks={"q": 8, "v": 2}, train=Training(n_steps=3, batch=16))
+    assert Limits().kept(asked) == asked
+    with pytest.raises(BadConfig, match=told):
+        Limits(**limits).kept(asked)
+
+
+def test_only_what_is_allowed_is_measured() -> None:
+    asked = plan("survey", round=0, calibration=Calibration(bits=["none", "nf4"], batches=[4, 8]))
+    kept = Limits(bits=["nf4"], max_batch=4).kept(asked).calibration
+    assert kept
+    assert (kept.bits, kept.batches) == (["nf4"], [4])
+    assert Limits(bits=["int8"]).kept(asked).calibration is None

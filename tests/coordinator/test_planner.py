@@ -246,11 +246,44 @@ def test_a_pin_that_cannot_be_kept_is_refused_with_the_numbers(tables: dict[str,
     assert re.search(words, found.left_out["small"]), found.left_out
 
 
-def test_a_rank_above_the_agents_bound_is_refused() -> None:
-    question = ask(adapter={"rank": 16})
-    report = msgspec.structs.replace(question.reports["small"], allowance=Allowance(memory_bytes=8 * GIB, max_rank=8))
-    found = automatic.plan(question._replace(reports={"small": report}), ["small"])
-    assert "rank 16 is pinned, the agent allows 8" in found.left_out["small"]
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        ({"adapter": {"rank": 16}}, "rank 16 is pinned, the agent allows 8: lower the pin or raise limits.max_rank"),
+        ({"train": {"batch": 4}}, "batch 4 is pinned, the agent allows 2: lower the pin or raise limits.max_batch"),
+        ({"adapter": {"bits": "none"}}, "none is pinned, the agent allows nf4: change the pin or limits.bits"),
+    ],
+)
+@pytest.mark.parametrize("is_decided", [False, True], ids=["planned", "pinned"])
+def test_nothing_beyond_the_agents_bounds_is_planned(tables: dict[str, Any], words: str, is_decided: bool) -> None:
+    if is_decided:
+        everything: dict[str, dict[str, Any]] = {
+            "adapter": {"targets": ["all"], "rank": 8, "bits": "nf4"},
+            "train": {"n_steps": 5, "batch": 2, "accumulation": 1, "checkpointing": False},
+            "round": {"train_s": 60.0},
+        }
+        tables = {name: table | tables.get(name, {}) for name, table in everything.items()}
+    question = bounded(ask(**tables), max_rank=8, max_batch=2)
+    assert question.spec.is_pinned("small") == is_decided
+    found = automatic.plan(question, ["small"])
+    assert not found.choices
+    assert words in found.left_out["small"]
+
+
+def test_ranks_that_all_lie_above_the_agents_bound_are_refused() -> None:
+    found = automatic.plan(bounded(ask(plan={"ranks": [16, 32]}), max_rank=8), ["small"])
+    assert "plan.ranks begin at 16, the agent allows 8: add a lower rank" in found.left_out["small"]
+
+
+def test_an_agent_that_allows_less_than_every_batch_of_the_plan_gets_what_it_allows() -> None:
+    found = automatic.plan(bounded(ask(plan={"batches": [4, 8]}), max_batch=3), ["small"]).choices["small"]
+    assert found.batch == 3
+
+
+def bounded(question: Ask, **limits: Any) -> Ask:
+    allowance = Allowance(memory_bytes=8 * GIB, **limits)
+    report = msgspec.structs.replace(question.reports["small"], allowance=allowance, bits=["nf4"])
+    return question._replace(reports={"small": report})
 
 
 def test_one_that_cannot_take_part_does_not_keep_the_others() -> None:
@@ -259,13 +292,48 @@ def test_one_that_cannot_take_part_does_not_keep_the_others() -> None:
     assert "GiB are missing" in found.left_out["tiny"]
 
 
+def broken(question: Ask, agent: str, **fields: Any) -> Ask:
+    calibrated = msgspec.structs.replace(question.members[agent].calibrated, **fields)  # type: ignore[type-var]
+    return with_member(question, agent, calibrated=calibrated)
+
+
 def test_unusable_measurements_mean_defaults_and_a_note() -> None:
-    question = ask(but(count=2))
-    broken = msgspec.structs.replace(question.members["small-1"].calibrated, scores=b"\0" * 8)  # type: ignore[type-var]
-    found = automatic.plan(with_member(question, "small-1", calibrated=broken), ["small-1", "small-2"])
+    question = broken(ask(but(count=2)), "small-1", scores=b"\0" * 8)
+    found = automatic.plan(question, ["small-1", "small-2"])
     assert found.choices["small-1"].predicted is None
     assert found.choices["small-2"].predicted
     assert "small-1 takes part with defaults: scores have 8 bytes" in found.notes[0]
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_no_measurements_an_agent_can_send_stop_the_plan_of_the_others(data: st.DataObject) -> None:
+    question = ask(but(count=2))
+    member = question.members["small-1"]
+    assert member.calibrated
+    assert member.surveyed
+    price, size = st.sampled_from([1e-300, 1e-3, 1e6]), st.sampled_from([0, 1, 2**31, 2**50])
+    points = [
+        msgspec.structs.replace(point, step_s=data.draw(price), peak_bytes=data.draw(size))
+        for point in member.calibrated.points[: data.draw(st.integers(0, 3))]
+    ]
+    shapes = [
+        msgspec.structs.replace(shape, mean_tokens=float(data.draw(size)), max_tokens=data.draw(size))
+        for shape in member.calibrated.shapes[: data.draw(st.integers(0, 2))]
+    ]
+    found = automatic.plan(broken(question, "small-1", points=points, shapes=shapes), ["small-1", "small-2"])
+    assert found.choices["small-2"].predicted
+    assert "small-1" in {**found.choices, **found.left_out}
+
+
+def test_a_survey_that_lacks_matrices_of_the_base_means_defaults() -> None:
+    question = ask(but(count=2))
+    surveyed = question.members["small-1"].surveyed
+    assert surveyed
+    fewer = msgspec.structs.replace(surveyed, matrices=surveyed.matrices[1:])
+    found = automatic.plan(with_member(question, "small-1", surveyed=fewer), ["small-1", "small-2"])
+    assert "the survey lacks 1 matrices of the base" in found.notes[0]
+    assert found.choices["small-2"].predicted
 
 
 def test_no_measurements_at_all_still_make_a_plan() -> None:

@@ -258,7 +258,20 @@ def test_a_survey_of_other_matrices_does_not_confuse_scores(play: Play) -> None:
     opened(play, "a")
     member = play.job().members["a"]
     before = member.calibrated
-    member.surveyed = Surveyed(base_sha256="0" * 64, matrices=[Matrix(name="k", d_out=1, d_in=1)], n_train=1, n_eval=1)
+    other = [Matrix(name="k", d_out=1, d_in=1)]
+    member.surveyed = Surveyed(base_sha256=play.job().base_sha256, matrices=other, n_train=1, n_eval=1)
     offer = play.offer("a")
     play.feed(ev.UpdateOffered(agent="a", offer=offer), ev.UpdateStored(agent="a", offer=offer, scores={"k": [1.0]}))
     assert member.calibrated == before
+
+
+def test_measurements_that_are_no_numbers_do_not_stop_what_training_teaches(play: Play) -> None:
+    opened(play, "a")
+    member = play.job().members["a"]
+    member.calibrated = msgspec.structs.replace(MEASURED, scores=b"odd")
+    play.trains("a")
+    assert member.calibrated.scores == b"odd"
+    offer = play.offer("a")
+    stored = ev.UpdateStored(agent="a", offer=offer, scores={"k": [1.0]})
+    play.feed(ev.UpdateOffered(agent="a", offer=offer), stored)
+    assert member.calibrated.scores == b"odd"

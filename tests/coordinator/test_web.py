@@ -174,6 +174,24 @@ def test_a_finished_job_tells_its_history(served: Served, http: httpx.Client) ->
     ]
 
 
+def test_a_job_is_told_as_of_one_moment(served: Served, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    started(served, http)
+    served.run_round("a", "b", loss=3.0)
+    served.run_round("a", "b", loss=2.0)
+    read, n_read = served.coordinator.store.rounds, []
+
+    def slow(job: str) -> Any:
+        found = read(job)
+        n_read.append(len(found))
+        if len(n_read) == 1:  # the disk is read in a thread; meanwhile the job goes on, to its end
+            served.finish("a", "b", loss=1.0)
+        return found
+
+    monkeypatch.setattr(served.coordinator.store, "rounds", slow)
+    seen = http.get("/v1/jobs/j").json()
+    assert (n_read[0], seen["phase"], sorted(seen["evaluations"])) == (2, "completed", ["0", "1", "2"])
+
+
 def test_a_plan_is_shown_as_soon_as_there_is_one(served: Served, http: httpx.Client) -> None:
     assert submit(http).status_code == 201
     none_yet = http.get("/v1/jobs/j/plan")
