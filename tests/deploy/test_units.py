@@ -1,0 +1,52 @@
+"""The systemd units as systemd itself judges them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+UNITS = sorted((Path(__file__).parents[2] / "deploy" / "systemd").glob("*.service"))
+EXPOSURE = "20"
+"""In tenths: systemd calls everything below 2.0 OK."""
+
+pytestmark = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze on this machine")
+
+
+@pytest.fixture(params=UNITS, ids=lambda unit: unit.stem)
+def unit(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The unit with its programs where this checkout has them."""
+    text = request.param.read_text().replace("/opt/fedpipe/bin/", f"{Path(sys.executable).parent}/")
+    path: Path = tmp_path / request.param.name
+    path.write_text(text)
+    return path
+
+
+def analyze(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["systemd-analyze", *map(str, arguments)], capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+def test_there_is_a_unit_for_each_daemon() -> None:
+    assert [unit.stem for unit in UNITS] == ["fedpipe-agent", "fedpipe-coordinator"]
+
+
+def test_systemd_understands_every_line(unit: Path) -> None:
+    found = analyze("verify", unit)
+    about = [line for line in found.stderr.splitlines() if "fedpipe" in line]
+    assert (found.returncode, about) == (0, [])
+
+
+def test_little_of_the_machine_is_exposed(unit: Path) -> None:
+    found = analyze("security", "--offline=true", f"--threshold={EXPOSURE}", unit)
+    assert found.returncode == 0, found.stdout[-300:]
+
+
+def test_a_unit_that_exposes_more_is_found(unit: Path) -> None:
+    unit.write_text(re.sub(r"(?m)^(Protect|Restrict|SystemCall|Capability).*\n", "", unit.read_text()))
+    assert analyze("security", "--offline=true", f"--threshold={EXPOSURE}", unit).returncode == 1
