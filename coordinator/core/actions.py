@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from coordinator.core.state import Contribution, RoundRecord
+from coordinator.core.state import Cause, Contribution, RoundRecord
 from protocol.messages import Blob, Cancel, JobCard, Matrix, Offer, Plan
 
 
@@ -107,6 +107,7 @@ class Finish(Action, frozen=True, kw_only=True):
     job: str
     phase: str
     reason: str
+    cause: Cause | None = None
 
 
 Wish = MakePlan | Assign | Withdraw | Announce | Fetch | Acknowledge | Decline | Aggregate | Serve | Record | Finish

@@ -46,6 +46,13 @@ class AgentLeft(Event, frozen=True, kw_only=True):
     reason: str
 
 
+class AgentRevoked(Event, frozen=True, kw_only=True):
+    """An operator took an agent's certificates back: it is gone, and nothing of it is waited for."""
+
+    agent: str
+    reason: str = ""
+
+
 class AgentReported(Event, frozen=True, kw_only=True):
     """New figures of an agent's resources."""
 
@@ -148,6 +155,7 @@ Happened = (
     | JobCancelled
     | AgentJoined
     | AgentLeft
+    | AgentRevoked
     | AgentReported
     | ShareMoved
     | UpdateOffered

@@ -18,6 +18,7 @@ from coordinator.core import actions as act
 from coordinator.core import events as ev
 from coordinator.core import planning, survey, uploads
 from coordinator.core.job import Job
+from coordinator.core.roster import Roster
 from coordinator.core.state import ENDED, STATE_VERSION, AgentState, FleetState, JobState, Phase
 from protocol.errors import BadConfig
 from protocol.messages import TERMINAL, ExecState
@@ -36,10 +37,11 @@ OfJob = (
 
 
 class Fleet:
-    """All agents and all jobs.  State changes only through `handle`."""
+    """All agents and all jobs.  State changes only through `handle`, which costs O(jobs under way + log agents), amortised."""
 
     def __init__(self, state: FleetState | None = None) -> None:
         self.state = state or FleetState()
+        self.roster = Roster(self.state)
         self._now = 0.0
 
     # ------------------------------------------------------------------------------------------------------ one door
@@ -55,8 +57,11 @@ class Fleet:
                 self._joined(event, now, out)
             case ev.AgentLeft():
                 self._left(event, now)
+            case ev.AgentRevoked():
+                self._revoked(event, now, out)
             case ev.AgentReported():
                 self._agent(event.agent).report = event.report
+                self.roster.touch(event.agent)
             case ev.Tick():
                 pass
             case _:
@@ -69,21 +74,23 @@ class Fleet:
         n_before = -1
         while n_before < len(out):
             n_before = len(out)
-            going = [s for s in self.state.jobs.values() if s.phase not in ENDED]
-            for state in sorted(going, key=lambda s: s.waiting_since):
-                Job(state, self.state, now, out).advance()
+            for state in sorted(self._under_way(), key=lambda s: s.waiting_since):
+                Job(state, self.roster, now, out).advance()
+
+    def _under_way(self) -> list[JobState]:
+        return [roll.job for roll in self.roster.rolls.values()]
 
     @property
     def wake_at(self) -> float | None:
         """The next instant at which time alone changes something (seconds since the epoch)."""
-        jobs = (Job(s, self.state, self._now, []).wake_at for s in self.state.jobs.values())
+        jobs = (Job(state, self.roster, self._now, []).wake_at for state in self._under_way())
         return min((at for at in jobs if at is not None), default=None)
 
     def resume(self, now: float) -> list[act.Wish]:
         """What should be under way, after a restart or a lost broker.  Changes nothing."""
         out: list[act.Wish] = []
         for state in self.state.jobs.values():
-            job = Job(state, self.state, now, out)
+            job = Job(state, self.roster, now, out)
             job.resume()
             uploads.resume(job)
         return out
@@ -99,7 +106,7 @@ class Fleet:
         if state is None:
             self._unknown_job(event, out)
             return
-        job = Job(state, self.state, now, out)
+        job = Job(state, self.roster, now, out)
         match event:
             case ev.UpdateOffered():
                 uploads.offered(job, event)
@@ -131,7 +138,8 @@ class Fleet:
         if name in self.state.jobs:  # the shell refuses a taken name; a replayed submission is harmless
             return
         self.state.jobs[name] = JobState(spec=event.spec, submitted_at=now, since=now, waiting_since=now)
-        Job(self.state.jobs[name], self.state, now, out).resume()
+        self.roster.open(self.state.jobs[name])
+        Job(self.state.jobs[name], self.roster, now, out).resume()
 
     def _agent(self, name: str) -> AgentState:
         return self.state.agents.setdefault(name, AgentState(id=name))
@@ -145,12 +153,12 @@ class Fleet:
         agent.session, agent.online = event.session, True
         agent.software, agent.methods = event.software, event.methods
         working = agent.task
-        for state in self.state.jobs.values():
-            if state.phase not in ENDED:
-                job = Job(state, self.state, now, out)
-                if back:
-                    survey.forgive(job, agent.id, reborn=reborn)
-                job.rejoined(agent.id, reborn=reborn)
+        for state in self._under_way():
+            job = Job(state, self.roster, now, out)
+            if back:
+                survey.forgive(job, agent.id, reborn=reborn)
+            job.rejoined(agent.id, reborn=reborn)
+        self.roster.touch(agent.id)
         if not working:
             out.append(act.Withdraw(agent=agent.id))
 
@@ -161,6 +169,14 @@ class Fleet:
             return
         if agent.online:
             agent.online, agent.since, agent.reason = False, now, event.reason
+            self.roster.touch(agent.id)
+
+    def _revoked(self, event: ev.AgentRevoked, now: float, out: list[act.Wish]) -> None:
+        agent, reason = self._agent(event.agent), f"revoked: {event.reason}" if event.reason else "revoked"
+        agent.online, agent.since, agent.reason = False, now, reason
+        for state in self._under_way():
+            Job(state, self.roster, now, out).expel(agent.id, reason)
+        self.roster.touch(agent.id)
 
     # ----------------------------------------------------------------------------------------------------- invariants
 
@@ -186,6 +202,7 @@ class Fleet:
             assert job.phase not in ENDED or not busy, f"{name}: ended, yet agents work"
             if job.phase is Phase.COLLECTING:
                 assert job.round, f"{name}: collecting without a round"
+        self.roster.check()
         at = self.wake_at
         assert at is None or at > self._now, f"wake_at {at} is not after {self._now}"
 

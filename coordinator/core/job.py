@@ -22,11 +22,11 @@ from coordinator.core import actions as act
 from coordinator.core import events as ev
 from coordinator.core import learning, planning, plans, survey
 from coordinator.core.choice import Choice
+from coordinator.core.roster import Roll, Roster
 from coordinator.core.state import (
     ENDED,
     MOVES,
-    AgentState,
-    FleetState,
+    Cause,
     JobState,
     Phase,
     Purpose,
@@ -40,9 +40,10 @@ from protocol.messages import TERMINAL, Cancel, ExecState
 class Job:
     """The moves of one job over its state, for the length of one event.  Wishes are collected in `out`."""
 
-    def __init__(self, state: JobState, fleet: FleetState, now: float, out: list[act.Wish]) -> None:
+    def __init__(self, state: JobState, roster: Roster, now: float, out: list[act.Wish]) -> None:
         self.state = state
-        self.fleet = fleet
+        self.roster = roster
+        self.fleet = roster.fleet
         self.now = now
         self.out = out
         self.name = state.spec.job.name
@@ -57,6 +58,10 @@ class Job:
             raise IllegalMove(story)
         if to is Phase.WAITING and self.state.phase is not Phase.PLANNING:
             self.state.waiting_since = self.now
+        if to is Phase.PLANNING:
+            self.roster.hold(self.name, self.state.planned)
+        elif self.state.phase is Phase.PLANNING:
+            self.roster.release(self.name, self.state.planned)
         self.state.phase, self.state.reason, self.state.since = to, reason, self.now
         self.out.append(act.Announce(card=plans.job_card(self.state)))
 
@@ -70,7 +75,13 @@ class Job:
             self._record(reason or str(to))
         self.move(to, reason)
         self.state.ended_at, self.state.round = self.now, None
-        self.out.append(act.Finish(job=self.name, phase=str(to), reason=reason))
+        self.roster.close(self.name)
+        self.out.append(act.Finish(job=self.name, phase=str(to), reason=reason, cause=self.state.cause))
+
+    def fail(self, cause: Cause, why: str) -> None:
+        """End the job as failed."""
+        self.state.cause = cause
+        self.end(Phase.FAILED, f"{cause}: {why}")
 
     def advance(self) -> None:
         """Do whatever has become possible or due."""
@@ -85,72 +96,54 @@ class Job:
         """When something becomes due by time alone; None when nothing does."""
         if self.state.phase in ENDED:
             return None
-        surveys = self._open_surveys()
-        due = [self.state.members[s.agent].survey_close_at for s in surveys]
+        roll = self.roll
+        due = [instants.after(self.now) for instants in (roll.survey_closes, roll.survey_waits, roll.share_waits)]
         if self.state.phase is Phase.WAITING:
-            waits = (self.rules.start_wait_s, self.rules.wait_s)
+            waits = (self.rules.start_wait_s, self.rules.survey_s, self.rules.wait_s)
             due += [at for wait in waits if (at := self.state.waiting_since + wait) > self.now]
-            due += survey.return_by(self) if self._is_final else []
+            due += [roll.missed.after(self.now)] if self._is_final else []
         if self.state.round and self.state.phase in {Phase.COLLECTING, Phase.EVALUATING}:
             due.append(self.state.round.close_at)
-        gone = [a for s in surveys + self._open_shares() if not (a := self.fleet.agents[s.agent]).online]
-        due += [at for a in gone if (at := a.since + self.rules.offline_grace_s) > self.now]
-        return min(due, default=None)
+        return min((at for at in due if at is not None), default=None)
 
     # ------------------------------------------------------------------------------------------------- start a round
 
-    def may_join(self, agent: AgentState) -> bool:
-        """Whether this agent is there, is wanted, knows the method and may train at present."""
-        only = self.state.spec.job.only
-        wanted = agent.online and (not only or agent.id in only) and self.state.spec.job.method in agent.methods
-        return wanted and not (agent.report and agent.report.allowance and agent.report.allowance.paused)
+    @property
+    def roll(self) -> Roll:
+        """What the agents are to this job."""
+        return self.roster.rolls[self.name]
 
     def ready(self) -> list[str]:
-        """Agents that could take a share of the next round now."""
-        agents, members = self.fleet.agents, self.state.members
-        taken = self.held_elsewhere() | self.state.carried.keys()
-        return [
-            a
-            for a in sorted(members)
-            if members[a].surveyed and a not in taken and not agents[a].task and self.may_join(agents[a])
-        ]
+        """Agents that could take a share of the next round now, by name.  Cost: linear in them."""
+        return self.roll.ready.names()
 
     def _start(self) -> None:
         if self.state.carried and len(self.state.carried) >= self.state.quorum:
             self.open("train", {})  # what a failed attempt lacked came in after it
             return
         first = self.state.round_number == 0 and self.state.attempt == 0
-        pending = first and not all(self._vanished(s) for s in self._open_surveys())
-        if not pending:
-            if any(m.surveyed for m in self.state.members.values()):
-                survey.pin_base(self)
-            ready = self.ready()
-            if self._more_to_come(ready):
+        roll = self.roll
+        late = (
+            self.now >= self.state.waiting_since + self.rules.survey_s
+        )  # or ever new arrivals would put it off for ever
+        if not first or late or roll.surveys_vanished(self.now):
+            survey.pin_base(self)
+            if self._more_to_come():
                 return
             if self._is_final:
-                if not survey.return_by(self):
-                    self.open("evaluate", {a: plans.evaluation_choice(self.state, a) for a in ready})
+                if roll.missed.after(self.now) is None:  # measured by all who may still come
+                    self.open("evaluate", {a: plans.evaluation_choice(self.state, a) for a in self.ready()})
                 return
-            if ready and len(ready) >= self.needed(first=first):
-                planning.start(self, ready)
+            if roll.ready and len(roll.ready) >= self.needed(first=first):
+                planning.start(self, self.ready())
                 return
         if self.now >= self.state.waiting_since + self.rules.wait_s:
-            self.end(Phase.FAILED, plans.no_agents(self.state, self.fleet))
+            self.fail(*plans.no_agents(self.state, self.fleet))
 
-    def _more_to_come(self, ready: list[str]) -> bool:
+    def _more_to_come(self) -> bool:
         """Whether to wait for agents of another job: jobs take turns, none lives on what another leaves over."""
-        enough = not self._is_final and self.rules.n_agents and len(ready) >= self.wanted()
-        if enough or self.now >= self.state.waiting_since + self.rules.wait_s:
-            return False
-        held = self.held_elsewhere()
-        busy = (a for a in self.fleet.agents.values() if a.task not in {"", self.name} or a.id in held)
-        out = {a for a, m in self.state.members.items() if m.excluded} | self.state.carried.keys()
-        return any(a.id not in out and self.may_join(a) for a in busy)
-
-    def held_elsewhere(self) -> set[str]:
-        """Agents for which another job is just being planned."""
-        others = (j for j in self.fleet.jobs.values() if j is not self.state and j.phase is Phase.PLANNING)
-        return {agent for other in others for agent in other.planned}
+        enough = not self._is_final and self.rules.n_agents and len(self.roll.ready) >= self.wanted()
+        return bool(self.roll.coming) and not enough and self.now < self.state.waiting_since + self.rules.wait_s
 
     def wanted(self) -> int:
         """How many agents shall be asked."""
@@ -189,11 +182,13 @@ class Job:
             shares=dict(self.state.carried) if trains else {},
         )
         self.state.carried = {}
+        self.roster.touch(*self.state.round.shares)
         self.move(Phase.COLLECTING if trains else Phase.EVALUATING)
         for agent, choice in sorted(choices.items()):
             share = Share(agent=agent, attempt=self.state.attempt, choice=choice, assigned_at=self.now)
             self.state.round.shares[agent] = share
             self.fleet.agents[agent].task = self.name
+            self.roster.touch(agent)
             self.out.append(
                 act.Assign(agent=agent, plan=plans.share_plan(self.state, self.state.round, share, self.now))
             )
@@ -208,22 +203,14 @@ class Job:
     def _open_surveys(self) -> list[Share]:
         return [m.survey for m in self.state.members.values() if m.survey and m.survey.state not in TERMINAL]
 
-    def _n_done(self) -> int:
-        return sum(s.state is ExecState.DONE for s in self.state.round.shares.values()) if self.state.round else 0
-
-    def _vanished(self, share: Share) -> bool:
-        agent = self.fleet.agents[share.agent]
-        return not agent.online and self.now >= agent.since + self.rules.offline_grace_s
-
     def _close_if_due(self) -> None:
         round_ = self.state.round
         assert round_ is not None
-        open_shares = self._open_shares()
         if self.now >= round_.close_at:
             self._close(f"not in time: the round closed {round_.close_at - round_.opened_at:g} s after it opened")
-        elif round_.purpose == "train" and self.rules.n_agents and self._n_done() >= round_.target:
+        elif round_.purpose == "train" and self.rules.n_agents and len(self.roll.done) >= round_.target:
             self._close("superseded: enough others answered first")
-        elif all(self._vanished(s) for s in open_shares):
+        elif self.roll.shares_vanished(self.now):
             self._close("the agent vanished and did not come back in time")
 
     def _close(self, why: str) -> None:
@@ -231,36 +218,40 @@ class Job:
         assert round_ is not None
         for share in self._open_shares():
             superseded = why.startswith("superseded")
-            if share.choice and round_.purpose == "train" and self.rules.late == "add":
-                self.state.missed.setdefault(share.agent, {})[round_.number] = share.choice
+            if share.choice and round_.purpose == "train":
+                by_round = self.state.tried.setdefault(share.agent, {})
+                by_round.setdefault(round_.number, {})[share.attempt] = share.choice
+                if self.rules.late == "add":
+                    self.state.missed.setdefault(share.agent, {})[round_.number] = share.choice
             self.end_share(share, round_.number, ExecState.SUPERSEDED if superseded else ExecState.TIMED_OUT, why)
         if round_.purpose == "evaluate":
             self.end(Phase.COMPLETED, "")
             return
-        n_done = self._n_done()
+        n_done = len(self.roll.done)
         if n_done >= round_.quorum:
             round_.late, self.state.late = self.state.late, []
             self.move(Phase.AGGREGATING)
             self.out.append(plans.aggregate(self.state, round_))
         else:
-            self._retry(f"quorum: {n_done} of the {round_.quorum} updates needed")
+            self._retry(f"{n_done} of the {round_.quorum} updates needed")
 
     def _retry(self, why: str) -> None:
         round_ = self.state.round
         assert round_ is not None
-        self._record(why)
+        self._record(f"{Cause.QUORUM}: {why}")
         ends = sorted({f"{s.agent}: {s.reason}" for s in round_.shares.values() if s.reason})
         self.state.carried = {a: s for a, s in round_.shares.items() if s.state is ExecState.DONE}
         self.state.quorum = round_.quorum
         self.state.round = None
+        self.roster.touch(*round_.shares)
         self.state.attempt += 1
         if self.state.attempt >= self.rules.max_attempts:
-            self.end(
-                Phase.FAILED,
+            self.fail(
+                Cause.QUORUM,
                 f"{why} in round {round_.number} after {self.state.attempt} attempts; {'; '.join(ends[:5])}",
             )
         else:
-            self.move(Phase.WAITING, why)
+            self.move(Phase.WAITING, f"{Cause.QUORUM}: {why}")
 
     def _record(self, outcome: str) -> None:
         assert self.state.round is not None
@@ -276,6 +267,7 @@ class Job:
             stops = to not in {ExecState.DONE, ExecState.FAILED, ExecState.REJECTED}
             cancel = Cancel(job=self.name, round=number, attempt=share.attempt, reason=reason[:2000]) if stops else None
             self.out.append(act.Withdraw(agent=share.agent, cancel=cancel))
+        self.roster.touch(share.agent)
 
     # ------------------------------------------------------------------------------------------------- aggregation
 
@@ -285,21 +277,26 @@ class Job:
             return
         self._record("aggregated")
         learning.overhead(self)
-        state = self.state
+        state, ended = self.state, self.state.round
+        assert ended is not None
         state.version, state.model, state.master = event.version, event.model, event.master
         state.round_number, state.attempt, state.round = event.round, 0, None
+        self.roster.touch(*ended.shares)
         if event.version == 1 and state.plan and state.plan.train_s:
             state.stale = "agents now carry the fleet's adapter too"
         oldest = event.round - self.rules.max_staleness
         state.missed = {a: {r: k for r, k in by.items() if r > oldest} for a, by in state.missed.items()}
         state.seen = {a: {r: d for r, d in by.items() if r > oldest} for a, by in state.seen.items()}
+        over = oldest if self.rules.late == "add" else event.round
+        tried = ((a, {r: k for r, k in by.items() if r > over}) for a, by in state.tried.items())
+        state.tried = {agent: by_round for agent, by_round in tried if by_round}
         self.out.append(act.Serve(job=self.name, blob=event.model))
         self.move(Phase.WAITING)
 
     def aggregate_failed(self, event: ev.AggregateFailed) -> None:
         """The updates are all stored, so a failure here is the coordinator's own: a full disk, a missing file."""
         if self.awaits(Phase.AGGREGATING, event.round, event.attempt):
-            self.end(Phase.FAILED, f"aggregate: {event.reason}")
+            self.fail(Cause.AGGREGATE, event.reason)
 
     # ------------------------------------------------------------------------------------------------- from agents
 
@@ -314,11 +311,9 @@ class Job:
             survey.moved(self, share, event)
             return
         found = event.evaluated
-        if (
-            found
-            and found.version == self.state.version
-            and all(map(math.isfinite, [found.loss, *found.metrics.values()]))
-        ):
+        if found and not all(map(math.isfinite, [found.loss, *found.metrics.values()])):
+            self.count("not_finite")
+        elif found and found.version == self.state.version:
             share.evaluated = found
         if share.state in TERMINAL:
             return
@@ -332,6 +327,7 @@ class Job:
             self.end_share(share, event.round, event.state, event.reason)
         else:
             share.state, share.reason = event.state, event.reason
+            share.entered.setdefault(event.state, self.now)
 
     def _share(self, event: ev.ShareMoved) -> Share | None:
         if event.round == 0:
@@ -353,6 +349,19 @@ class Job:
             share.serial = 0 if reborn else share.serial
             plan = plans.share_plan(self.state, self.state.round, share, self.now)
             self.out.append(act.Assign(agent=agent, plan=plan))
+
+    def expel(self, agent: str, reason: str) -> None:
+        """An agent may not take part any more: end what it has, and wait for nothing of it."""
+        member = self.state.members.get(agent)
+        if member:
+            if member.survey and member.survey.state not in TERMINAL:
+                self.end_share(member.survey, 0, ExecState.FAILED, reason)
+            member.excluded, member.surveyed = reason, None
+        share = self.state.round.shares.get(agent) if self.state.round else None
+        if share and self.state.round and share.state not in TERMINAL:
+            self.end_share(share, self.state.round.number, ExecState.FAILED, reason)
+        self.state.missed.pop(agent, None)
+        self.state.tried.pop(agent, None)
 
     def count(self, kind: str) -> None:
         """Count what a peer did wrong or twice."""

@@ -22,7 +22,7 @@ from coordinator.core import actions as act
 from coordinator.core import events as ev
 from coordinator.core import plans
 from coordinator.core.choice import Choice
-from coordinator.core.state import Phase, RoundPlan
+from coordinator.core.state import Cause, Phase, RoundPlan
 from protocol.messages import Cancel
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def ready(job: Job, event: ev.PlanReady) -> None:
     free = {a: c for a, c in event.choices.items() if a in present}
     if len(event.choices) < needed:  # asking again would bring the same answer
         why = "; ".join([*(f"{a}: {r}" for a, r in sorted(event.left_out.items())), *event.notes][:5])
-        job.end(Phase.FAILED, f"plan: {len(event.choices)} of the {needed} agents needed can take part: {why}")
+        job.fail(Cause.PLAN, f"{len(event.choices)} of the {needed} agents needed can take part: {why}")
     elif len(free) < needed:
         job.move(Phase.WAITING, "planned agents left")
     else:
@@ -74,7 +74,7 @@ def ready(job: Job, event: ev.PlanReady) -> None:
 def failed(job: Job, event: ev.PlanFailed) -> None:
     """No plan, no round: the job ends and says what the planner said."""
     if job.awaits(Phase.PLANNING, event.round, event.attempt):
-        job.end(Phase.FAILED, f"plan: {event.reason}")
+        job.fail(Cause.PLAN, event.reason)
 
 
 def train_s(job: Job) -> float:

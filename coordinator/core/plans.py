@@ -11,6 +11,7 @@ import msgspec
 from coordinator.core.actions import Aggregate
 from coordinator.core.choice import Choice
 from coordinator.core.state import (
+    Cause,
     Contribution,
     FleetState,
     JobState,
@@ -222,6 +223,9 @@ def _share_record(share: Share) -> ShareRecord:
         step_s=offer.train_s / offer.steps if offer and offer.steps else 0.0,
         peak_bytes=offer.peak_bytes if offer else 0,
         predicted=choice.predicted if choice else None,
+        assigned_at=share.assigned_at,
+        entered=share.entered,
+        ended_at=share.ended_at,
     )
 
 
@@ -243,7 +247,7 @@ def round_record(job: JobState, round_: Round, outcome: str, now: float) -> Roun
     )
 
 
-def no_agents(job: JobState, fleet: FleetState) -> str:
+def no_agents(job: JobState, fleet: FleetState) -> tuple[Cause, str]:
     """Why there were not enough agents, for people who can do something about it."""
     rules = job.spec.round
     out = [f"{a}: {m.excluded}" for a, m in sorted(job.members.items()) if m.excluded]
@@ -251,7 +255,9 @@ def no_agents(job: JobState, fleet: FleetState) -> str:
     busy = sum(a.task not in {"", job.spec.job.name} for a in agents)
     known = f"{len(fleet.agents)} agents known, {len(agents)} online, {busy} at work for other jobs"
     why = "; ".join(out[:5]) or "start agents, or lower round.min_agents"
-    return f"no_agents: {rules.min_agents} needed for {rules.wait_s:g} s; {known}; {why}"
+    verdicts = [m.excluded for m in job.members.values()]
+    cause = Cause.BAD_BASE if verdicts and all(v.startswith(Cause.BAD_BASE) for v in verdicts) else Cause.NO_AGENTS
+    return cause, f"{rules.min_agents} needed for {rules.wait_s:g} s; {known}; {why}"
 
 
 def phase_text(job: JobState) -> str:

@@ -29,6 +29,16 @@ class Phase(StrEnum):
     CANCELLED = "cancelled"
 
 
+class Cause(StrEnum):
+    """Why a job failed, in one word for programs; its reason says it for people and begins with the same word."""
+
+    NO_AGENTS = "no_agents"
+    BAD_BASE = "bad_base"
+    QUORUM = "quorum"
+    PLAN = "plan"
+    AGGREGATE = "aggregate"
+
+
 MOVES: Final[dict[Phase, frozenset[Phase]]] = {
     Phase.WAITING: frozenset({Phase.PLANNING, Phase.COLLECTING, Phase.EVALUATING, Phase.FAILED, Phase.CANCELLED}),
     Phase.PLANNING: frozenset({Phase.COLLECTING, Phase.WAITING, Phase.FAILED, Phase.CANCELLED}),
@@ -68,6 +78,8 @@ class Share(msgspec.Struct, kw_only=True):
     serial: int = 0
     reason: str = ""
     assigned_at: float = 0.0
+    entered: dict[ExecState, float] = {}
+    """When it first came to a state on its way; the end is ended_at."""
     ended_at: float = 0.0
     offer: Offer | None = None
     evaluated: Evaluated | None = None
@@ -136,6 +148,9 @@ class ShareRecord(msgspec.Struct, frozen=True, kw_only=True):
     peak_bytes: int = 0
     """Measured: the training child's peak memory."""
     predicted: Prediction | None = None
+    assigned_at: float = 0.0
+    entered: dict[ExecState, float] = {}
+    ended_at: float = 0.0
 
 
 class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -174,6 +189,8 @@ class JobState(msgspec.Struct, kw_only=True):
     submitted_at: float
     phase: Phase = Phase.WAITING
     reason: str = ""
+    cause: Cause | None = None
+    """Of a failed job."""
     since: float = 0.0
     waiting_since: float = 0.0
     """When the job last began to want a round; a plan that came to nothing does not make it wait anew."""
@@ -200,6 +217,8 @@ class JobState(msgspec.Struct, kw_only=True):
     """Updates that the failed attempt would have needed: once so many are carried, nobody need be asked again."""
     missed: dict[str, dict[int, Choice]] = {}
     """agent -> round -> what was planned for a share that missed its round and may still arrive late."""
+    tried: dict[str, dict[int, dict[int, Choice]]] = {}
+    """agent -> round -> attempt -> the same for each attempt: an update is held against the plan it was made by."""
     late: list[Contribution] = []
     """Late updates that wait for the next aggregate; their weight is not yet discounted."""
     seen: dict[str, dict[int, str]] = {}

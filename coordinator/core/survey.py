@@ -5,17 +5,21 @@ A survey belongs to one agent and one job and runs whenever that agent is idle, 
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from coordinator.core import actions as act
 from coordinator.core import events as ev
 from coordinator.core import plans
 from coordinator.core.state import Member, Share
-from protocol.messages import TERMINAL, ExecState
+from protocol.messages import TERMINAL, ExecState, Matrix, Surveyed
 
 if TYPE_CHECKING:
     from coordinator.core.job import Job
 
+OTHER_MATRICES: Final = "bad_base: finds other matrices in the base than the other agents do: upgrade fedpipe there"
 UNPROVEN: Final = 1.1
 """Memory is planned with a tenth more than the model says until a round has shown it: too low costs a round, too high little."""
 
@@ -23,21 +27,19 @@ UNPROVEN: Final = 1.1
 def ask(job: Job) -> None:
     """End surveys that took too long; survey every idle agent that is new to the job."""
     members = job.state.members
-    for member in members.values():
-        if member.survey and member.survey.state not in TERMINAL and job.now >= member.survey_close_at:
-            job.end_share(member.survey, 0, ExecState.TIMED_OUT, f"no survey within {job.rules.survey_s:g} s")
-            member.excluded = member.survey.reason
-    settled = {a for a, m in members.items() if m.surveyed or m.excluded} | job.held_elsewhere()
-    for agent in job.fleet.agents.values():
-        if agent.task or agent.id in settled or not job.may_join(agent):
-            continue
-        member = members.get(agent.id) or Member()
+    for agent in job.roll.survey_closes.past(job.now):
+        member = members[agent]
+        assert member.survey is not None
+        member.excluded = f"no survey within {job.rules.survey_s:g} s"
+        job.end_share(member.survey, 0, ExecState.TIMED_OUT, member.excluded)
+    for agent in job.roll.unasked.names():
+        member = members.setdefault(agent, Member())
         attempt = member.survey.attempt + 1 if member.survey else 0
-        member.survey = Share(agent=agent.id, attempt=attempt, assigned_at=job.now)
+        member.survey = Share(agent=agent, attempt=attempt, assigned_at=job.now)
         member.survey_close_at = job.now + job.rules.survey_s
-        members[agent.id] = member
-        agent.task = job.name
-        job.out.append(act.Assign(agent=agent.id, plan=plans.survey_plan(job.state, member, job.now)))
+        job.fleet.agents[agent].task = job.name
+        job.roster.touch(agent)
+        job.out.append(act.Assign(agent=agent, plan=plans.survey_plan(job.state, member, job.now)))
 
 
 def forgive(job: Job, agent: str, *, reborn: bool) -> None:
@@ -56,7 +58,10 @@ def moved(job: Job, share: Share, event: ev.ShareMoved) -> None:
         share.state = event.state
         return
     member = job.state.members[event.agent]
-    if event.state is ExecState.DONE and event.surveyed and event.surveyed.n_train > 0:
+    if event.surveyed and _is_odd(job, event.surveyed):
+        member.excluded = OTHER_MATRICES
+        job.end_share(share, 0, ExecState.FAILED, member.excluded)
+    elif event.state is ExecState.DONE and event.surveyed and event.surveyed.n_train > 0:
         member.surveyed, member.calibrated = event.surveyed, event.calibrated
         member.uncalibrated = "" if event.calibrated else event.reason
         member.time_factor = event.calibrated.load_ratio if event.calibrated else 1.0
@@ -67,24 +72,44 @@ def moved(job: Job, share: Share, event: ev.ShareMoved) -> None:
         job.end_share(share, 0, ExecState.FAILED, member.excluded)
 
 
+def _is_odd(job: Job, found: Surveyed) -> bool:
+    """Whether it names a matrix twice, or claims the job's base and finds other matrices in it."""
+    known = job.state.matrices
+    is_same_base = bool(known) and found.base_sha256 == job.state.base_sha256
+    return len({m.name for m in found.matrices}) < len(found.matrices) or (is_same_base and _matrices(found) != known)
+
+
 def pin_base(job: Job) -> None:
     """The base that most surveyed agents hold (unless the job names one) is the job's; agents with another are out."""
+    state, members, surveyed = job.state, job.state.members, job.roll.surveyed
+    if surveyed and not state.base_sha256:
+        votes = Counter(found.base_sha256 for agent in surveyed if (found := members[agent].surveyed))
+        most = max(votes.values())
+        state.base_sha256 = state.spec.model.sha256 or min(base for base, n in votes.items() if n == most)
+        job.roster.touch(*surveyed)
+    for agent in job.roll.stray.names():
+        member = members[agent]
+        assert member.surveyed is not None
+        has = member.surveyed.base_sha256
+        member.excluded = f"bad_base: has {has[:12]}, the job needs {state.base_sha256[:12]}"
+        member.surveyed = None
+        job.roster.touch(agent)
+    if surveyed and not state.matrices:
+        _pin_matrices(job)
+
+
+def _pin_matrices(job: Job) -> None:
+    """What most agents with the job's base found in it: one that lies about its matrices must not lead the others astray."""
     state = job.state
-    surveyed = {a: m.surveyed for a, m in state.members.items() if m.surveyed}
-    if not state.base_sha256:
-        votes = sorted(s.base_sha256 for s in surveyed.values())
-        state.base_sha256 = state.spec.model.sha256 or max(votes, key=votes.count)
-    for agent, found in sorted(surveyed.items()):
-        if found.base_sha256 != state.base_sha256:
-            member = state.members[agent]
-            member.excluded = f"bad_base: has {found.base_sha256[:12]}, the job needs {state.base_sha256[:12]}"
-            member.surveyed = None
-        elif not state.matrices:
-            state.matrices = sorted(found.matrices, key=lambda m: m.name)
+    found = {agent: _matrices(known) for agent in job.roll.surveyed if (known := state.members[agent].surveyed)}
+    votes = Counter(msgspec.msgpack.encode(matrices) for matrices in found.values())
+    most = max(votes.values())
+    elected = min(said for said, n in votes.items() if n == most)
+    state.matrices = msgspec.msgpack.decode(elected, type=list[Matrix])
+    for agent in sorted(agent for agent, matrices in found.items() if matrices != state.matrices):
+        state.members[agent].excluded, state.members[agent].surveyed = OTHER_MATRICES, None
+        job.roster.touch(agent)
 
 
-def return_by(job: Job) -> list[float]:
-    """Until when members that have vanished are waited for: the final version is measured by all who may still come."""
-    agents = (job.fleet.agents[a] for a, member in job.state.members.items() if member.surveyed)
-    by = (agent.since + job.rules.offline_grace_s for agent in agents if not agent.online)
-    return [at for at in by if at > job.now]
+def _matrices(found: Surveyed) -> list[Matrix]:
+    return sorted(found.matrices, key=lambda m: m.name)

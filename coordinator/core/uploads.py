@@ -43,7 +43,12 @@ def _place(job: Job, agent: str, offer: Offer) -> tuple[Place, str]:
     if share and share.state not in TERMINAL:
         return Place.CURRENT, ""
     next_fold = state.round_number + (2 if state.phase is Phase.AGGREGATING else 1)
+    if next_fold > job.rules.n_rounds:
+        return Place.NOWHERE, "superseded: the last round is closed, and no other will take this update"
     if offer.round in state.missed.get(agent, {}) and next_fold - offer.round <= job.rules.max_staleness:
+        return Place.LATE, ""
+    is_open_again = offer.round == state.round_number + 1 and state.phase is not Phase.AGGREGATING
+    if is_open_again and _tried(job, agent, offer):
         return Place.LATE, ""
     if share:
         return Place.NOWHERE, f"superseded: this share has ended as {share.state}: {share.reason}"
@@ -59,11 +64,19 @@ def _current_share(job: Job, agent: str, offer: Offer) -> Share | None:
 
 def _choice(job: Job, agent: str, offer: Offer) -> Choice:
     """What was planned for this update; an earlier attempt may have been planned otherwise."""
-    missed = job.state.missed.get(agent, {}).get(offer.round)
     share = _current_share(job, agent, offer)
-    choice = share.choice if share and (share.attempt == offer.attempt or missed is None) else missed
+    present = share.choice if share else None
+    if share and share.attempt == offer.attempt:
+        choice = present
+    else:
+        choice = _tried(job, agent, offer) or job.state.missed.get(agent, {}).get(offer.round) or present
     assert choice is not None
     return choice
+
+
+def _tried(job: Job, agent: str, offer: Offer) -> Choice | None:
+    """What was planned for the attempt that this update was made in, if that closed without it."""
+    return job.state.tried.get(agent, {}).get(offer.round, {}).get(offer.attempt)
 
 
 def _fault(job: Job, offer: Offer, choice: Choice) -> str:
@@ -72,6 +85,10 @@ def _fault(job: Job, offer: Offer, choice: Choice) -> str:
     train = job.state.spec.train
     row_samples = train.max_tokens if train.packing else 1  # a packed row holds one sample per token at the utmost
     planned = choice.n_samples * row_samples
+    if offer.attempt >= job.rules.max_attempts or offer.steps > choice.n_steps:
+        return (
+            f"bad update: attempt {offer.attempt} with {offer.steps} steps claimed where {choice.n_steps} were planned"
+        )
     if offer.blob.size > limit:
         return f"bad update: {offer.blob.size} bytes offered where the plan allows {limit}"
     if offer.samples < 1:
@@ -97,6 +114,7 @@ def offered(job: Job, event: ev.UpdateOffered) -> None:
     if place is Place.CURRENT and share:
         share.offer = offer
         share.state = ExecState.UPLOADING
+        share.entered.setdefault(ExecState.UPLOADING, job.now)
     job.out.append(_fetch(job, agent, offer))
 
 
@@ -111,13 +129,17 @@ def _fetch(job: Job, agent: str, offer: Offer) -> act.Fetch:
 
 
 def _decline(job: Job, agent: str, offer: Offer, reason: str) -> None:
-    """Refuse an update for good; one that is unfit ends the share it was made for."""
+    """Refuse an update for good; one that is unfit ends the share it was made for, and one of a later attempt is given again."""
     superseded = reason.startswith("superseded")
     job.count("superseded_update" if superseded else "bad_update")
     share = _current_share(job, agent, offer)
-    if share and share.state not in TERMINAL and share.attempt == offer.attempt and not superseded:
+    is_open = share is not None and share.state not in TERMINAL and not superseded
+    if share and is_open and share.attempt == offer.attempt:
         job.end_share(share, offer.round, ExecState.FAILED, reason)
     job.out.append(act.Decline(agent=agent, xfer=offer.blob.xfer, reason=reason))
+    if share and is_open and offer.attempt < share.attempt:  # offered instead of training anew, so that has not begun
+        share.offer, share.state = None, ExecState.OFFERED
+        job.rejoined(agent, reborn=False)
 
 
 def stored(job: Job, event: ev.UpdateStored) -> None:
@@ -144,6 +166,7 @@ def _take(job: Job, agent: str, offer: Offer, place: Place) -> None:
     elif offer.round == state.round_number + 1 and state.phase is not Phase.AGGREGATING:
         shares = state.round.shares if state.round else state.carried
         shares[agent] = Share(agent=agent, attempt=offer.attempt, choice=choice, state=ExecState.DONE, offer=offer)
+        job.roster.touch(agent)
     else:
         state.late.append(contribution(agent, offer))
 

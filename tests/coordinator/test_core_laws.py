@@ -103,7 +103,10 @@ class World(RuleBasedStateMachine):
         self.tag = 0
 
     def feed(self, event_: ev.Happened) -> list[act.Wish]:
+        anew = Fleet(decode_state(encode_state(self.fleet.state)))
         wishes = self.fleet.handle(event_, self.now)
+        assert anew.handle(event_, self.now) == wishes, "what is kept up with the state differs from what it says"
+        assert anew.wake_at == self.fleet.wake_at
         self.log.append((event_, self.now, wishes, encode_state(self.fleet.state)))
         self.observer.saw(event_, wishes)
         return wishes
@@ -247,6 +250,10 @@ class World(RuleBasedStateMachine):
     @rule(agent=agents, session=sessions)
     def leave(self, agent: str, session: str) -> None:
         self.feed(ev.AgentLeft(agent=agent, session=session, reason="will"))
+
+    @rule(agent=agents)
+    def revoke(self, agent: str) -> None:
+        self.feed(ev.AgentRevoked(agent=agent, reason="stolen"))
 
     @precondition(lambda self: self.observer.plans)
     @rule(

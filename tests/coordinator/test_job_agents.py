@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from coordinator.core import actions as act
 from coordinator.core.fleet import encode_state
 from coordinator.core.state import Phase
-from protocol.messages import ExecState
+from protocol.messages import ExecState, Matrix, Surveyed
+from tests.coordinator.conftest import sha
 
 if TYPE_CHECKING:
     from tests.coordinator.conftest import Play
@@ -44,6 +45,8 @@ def test_a_named_base_outvotes_the_majority(play: Play) -> None:
     assert plan.base.sha256 == digest
     play.survey("a", "b").lacks(act.MakePlan)
     assert all(m.excluded.startswith("bad_base") for m in play.job().members.values())
+    finish = play.ticks(300.0).expects(act.Finish, phase="failed", cause="bad_base")
+    assert finish.reason.startswith("bad_base: 1 needed for 300 s")
 
 
 def test_a_late_joiner_is_surveyed_while_others_train_and_joins_the_next_round(play: Play) -> None:
@@ -80,6 +83,29 @@ def test_a_survey_that_comes_after_its_time_changes_nothing(play: Play) -> None:
     assert play.survey("a").wishes == []
     assert play.job().members["a"].surveyed is None
     assert play.job().members["a"].excluded == "no survey within 50 s"
+
+
+def test_those_who_find_other_matrices_in_the_same_base_are_out(play: Play) -> None:
+    forged = Surveyed(base_sha256=sha("base"), matrices=[Matrix(name="z", d_out=9, d_in=9)], n_train=2**53, n_eval=0)
+    play.submit().join("a", "b", "c", "d")
+    play.move("a", ExecState.DONE, round=0, surveyed=forged)
+    play.survey("b", "c", "d").expects(act.MakePlan, agents=["b", "c", "d"])
+    assert "z" not in {m.name for m in play.job().matrices}, "the first by name does not decide it alone"
+    assert play.job().members["a"].excluded.startswith("bad_base: finds other matrices")
+    play.plan().join("e").move("e", ExecState.DONE, round=0, surveyed=forged)
+    assert play.job().members["e"].excluded.startswith("bad_base: finds other matrices"), "nor later"
+    twice = Surveyed(base_sha256=sha("base"), matrices=[*play.job().matrices] * 2, n_train=9, n_eval=0)
+    play.join("f").move("f", ExecState.DONE, round=0, surveyed=twice)
+    assert play.job().members["f"].excluded.startswith("bad_base: finds other matrices")
+
+
+def test_ever_new_arrivals_do_not_put_off_the_first_round(play: Play) -> None:
+    play.submit(round={"survey_s": 20.0, "wait_s": 300.0}).join("s0", "a").survey("a")
+    play.everything.clear()
+    for number in range(1, 10):
+        play.at(number * 5 - 4).join(f"s{number}").ticks(number * 5)
+    (made,) = (wish for wish in play.everything if isinstance(wish, act.MakePlan))
+    assert made.agents == ["a"]
 
 
 def test_only_the_first_round_waits_for_surveys(play: Play) -> None:
@@ -177,7 +203,7 @@ def test_the_first_round_starts_at_once_when_start_agents_are_there(play: Play) 
 def test_without_enough_agents_the_job_fails_and_says_who_was_there_and_why_not(play: Play) -> None:
     play.submit(round={"min_agents": 2}).join("a", "b").survey("a").survey("b", n_train=0)
     play.ticks(299.9).lacks(act.Finish)
-    finish = play.ticks(300.0).expects(act.Finish, phase="failed")
+    finish = play.ticks(300.0).expects(act.Finish, phase="failed", cause="no_agents")
     assert finish.reason == (
         "no_agents: 2 needed for 300 s; 2 agents known, 2 online, 0 at work for other jobs; b: the survey brought nothing to train on"
     )

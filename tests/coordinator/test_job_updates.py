@@ -78,6 +78,18 @@ def test_during_a_fold_the_age_of_a_late_update_is_that_at_the_next_fold(play: P
     assert play.offers("b", late).expects(act.Decline).reason.startswith("superseded: round 1 is closed")
 
 
+def test_a_late_update_that_no_fold_is_left_for_is_declined_rather_than_acknowledged(play: Play) -> None:
+    play.ready("a", "b", round={"n_rounds": 1}).plan()
+    late = play.offer("b")
+    play.trains("a").ticks(120.0)
+    assert play.phase() is Phase.AGGREGATING
+    assert play.offers("b", late).expects(act.Decline).reason.startswith("superseded: the last round is closed")
+    play.feed(ev.UpdateStored(agent="b", offer=late)).lacks(act.Acknowledge).expects(act.Decline)
+    play.leave("b").fold()
+    assert play.phase() is Phase.WAITING, "for b, until its grace is over"
+    play.offers("b", late).expects(act.Decline)
+
+
 def test_a_late_update_is_declined_when_the_job_drops_them(play: Play) -> None:
     play.ready("a", "b", round={"late": "drop"}).plan()
     late = play.offer("b")
@@ -89,8 +101,16 @@ def test_a_late_update_is_declined_when_the_job_drops_them(play: Play) -> None:
 UNFIT: dict[str, tuple[dict[str, Any], str]] = {
     "too big": ({"size": 200_000}, "200000 bytes offered where the plan allows"),
     "more samples than planned": ({"samples": 17}, "17 samples claimed where 16 were planned"),
+    "more steps than planned": ({"steps": 2**53}, "with 9007199254740992 steps claimed where"),
     "no sample": ({"samples": 0}, "trained on no sample"),
 }
+
+
+def test_an_offer_for_an_attempt_that_there_cannot_be_is_declined_and_the_share_stays(play: Play) -> None:
+    play.ready("a").plan()
+    declined = play.offers("a", play.offer("a", attempt=2**53)).expects(act.Decline)
+    assert declined.reason.startswith("bad update: attempt 9007199254740992")
+    play.trains("a").expects(act.Aggregate)
 
 
 @pytest.mark.parametrize("kind", UNFIT)
@@ -133,6 +153,29 @@ def test_an_update_is_held_against_the_plan_of_its_own_attempt(play: Play) -> No
     assert "32 samples claimed where 16" in play.offers("b", play.offer("b", samples=32)).expects(act.Decline).reason
 
 
+def test_an_update_of_the_first_attempt_counts_in_the_third_by_its_own_plan(play: Play) -> None:
+    play.ready("a", "b", round={"min_agents": 2}).plan(n_steps=4).trains("a")
+    tardy = play.offer("b", samples=32)
+    play.ticks(120.0).plan(n_steps=2).ticks(240.0).plan(n_steps=1)
+    assert play.job().attempt == 2
+    play.offers("b", tardy).expects(act.Fetch, offer=tardy)
+    fold = play.feed(ev.UpdateStored(agent="b", offer=tardy)).expects(act.Aggregate)
+    assert [(c.agent, c.attempt, c.weight) for c in fold.contributions] == [("a", 0, 4.0), ("b", 0, 32.0)]
+
+
+@pytest.mark.parametrize("is_planned", [False, True])
+def test_a_job_that_drops_late_updates_takes_those_of_a_round_that_is_still_open(play: Play, is_planned: bool) -> None:
+    play.ready("a", "b", round={"min_agents": 2, "late": "drop"}).plan(n_steps=4).trains("a")
+    tardy = play.offer("b", samples=32)
+    play.ticks(120.0)
+    if is_planned:
+        play.plan(n_steps=2)
+    play.offers("b", tardy).expects(act.Fetch, offer=tardy)
+    play.feed(ev.UpdateStored(agent="b", offer=tardy)).expects(act.Acknowledge)
+    assert play.expects(act.Aggregate).attempt == 1 if is_planned else play.plan().expects(act.Aggregate)
+    assert play.fold().job().tried == {}
+
+
 def test_a_second_offer_after_a_failed_share_is_declined(play: Play) -> None:
     play.ready("a", "b").plan().offers("a", play.offer("a", samples=0))
     reason = play.offers("a", play.offer("a", tag="better")).expects(act.Decline).reason
@@ -146,6 +189,19 @@ def test_a_spoiled_update_fails_its_share_and_the_agent_hears_why(play: Play) ->
     play.offers("a", offer).feed(spoiled).expects(act.Decline, xfer=offer.blob.xfer, reason="matrix q: not finite")
     assert play.share("a").state is ExecState.FAILED
     assert [c.agent for c in play.trains("b").expects(act.Aggregate).contributions] == ["b"]
+
+
+def test_a_spoiled_update_of_an_earlier_attempt_gives_the_agent_its_plan_again(play: Play) -> None:
+    """Offered in place of training anew: a coordinator that died before it declined it would else wait for nothing."""
+    play.ready("a", "b", round={"min_agents": 2}).plan()
+    offer = play.offer("a")
+    spoiled = ev.UpdateSpoiled(agent="a", offer=offer, reason="matrix q: not finite")
+    play.trains("b").offers("a", offer).feed(spoiled).plan()
+    play.offers("a", offer).expects(act.Fetch)
+    assert play.feed(spoiled).lacks(act.Withdraw).expects(act.Assign, agent="a").plan.attempt == 1
+    assert [type(wish) for wish in play.wishes] == [act.Decline, act.Assign], "the plan behind the refusal"
+    assert play.share("a").state is ExecState.OFFERED
+    play.trains("a").expects(act.Aggregate, attempt=1)
 
 
 def test_a_spoiled_copy_of_a_stored_update_changes_nothing(play: Play) -> None:
