@@ -58,12 +58,16 @@ def export_version(
 
 
 def pick(versions: Sequence[Version], wanted: int | None) -> Version:
-    """The wanted version, or the newest.  Raises BadConfig that says which ones there are."""
+    """The wanted version, or the newest.  Raises BadConfig that says which ones there are and are still kept."""
     if not versions:
         raise BadConfig("the job has no version yet: its first round is not aggregated")
     if wanted is None:
         return versions[-1]
-    for version in versions:
+    kept = [version for version in versions if version.kept]
+    for version in kept:
         if version.version == wanted:
             return version
+    if any(version.version == wanted for version in versions):
+        numbers = ", ".join(str(version.version) for version in kept)
+        raise BadConfig(f"the files of version {wanted} were pruned (see [keep]): those of {numbers} are kept")
     raise BadConfig(f"no version {wanted}: there are {versions[0].version} to {versions[-1].version}")

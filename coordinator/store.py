@@ -1,11 +1,14 @@
-"""What the coordinator must not forget, in one SQLite file: the journal of events, the snapshot, rounds and versions.
+"""What the coordinator must not forget, in one SQLite file: the journal of events, snapshots, rounds and versions.
 
     append(events)  one commit (WAL, synchronous=FULL) for everything that waited: only then is anything acknowledged
-    snapshot        the core's whole state at one place of the journal; a restart loads it and replays what came after
+    snapshots       the core's whole state at places of the journal; a restart loads the newest and replays what came after,
+                    and the earlier ones let past rounds be replayed (coordinator/replay.py)
     rounds, versions  what people ask for later, written by idempotent actions
 
 Measured on a common disk: one commit takes about 4 ms whatever it holds, so events are committed in groups.
-A row that makes the core raise, or that cannot be read, is marked as poison and skipped by every later replay.
+Events and snapshots carry a crc32c, because SQLite does not notice a bit that the disk turned inside a row.  A row that makes
+the core raise, or that cannot be read, is marked as poison and skipped by every later replay; for a snapshot that cannot be
+read the one before it serves.
 """
 
 from __future__ import annotations
@@ -13,39 +16,38 @@ from __future__ import annotations
 import logging
 import shutil
 import sqlite3
+import struct
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, NamedTuple
 
+import google_crc32c
 import msgspec
 
+from coordinator import wal
 from coordinator.core.events import Happened
-from coordinator.core.state import RoundRecord
+from coordinator.core.state import Contribution, RoundRecord
+from coordinator.migrations import NEWEST, drop_copies, found_version, upgrade
+from protocol import SOFTWARE
 from protocol.errors import BadConfig, Unavailable
 from protocol.messages import Blob
 
-SCHEMA_VERSION: Final = 1
-
-_SCHEMA: Final = """
-CREATE TABLE IF NOT EXISTS journal (
-  seq INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, kind TEXT NOT NULL, body BLOB NOT NULL, poison INTEGER NOT NULL DEFAULT 0
-);
-CREATE TABLE IF NOT EXISTS snapshot (id INTEGER PRIMARY KEY CHECK (id = 1), seq INTEGER NOT NULL, state BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS rounds (
-  job TEXT NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL, purpose TEXT NOT NULL, record BLOB NOT NULL,
-  PRIMARY KEY (job, round, attempt, purpose)
-);
-CREATE TABLE IF NOT EXISTS versions (
-  job TEXT NOT NULL, version INTEGER NOT NULL, round INTEGER NOT NULL, master TEXT NOT NULL, model BLOB NOT NULL,
-  dropped_ratio REAL NOT NULL, at REAL NOT NULL, PRIMARY KEY (job, version)
-);
-"""
+SCHEMA_VERSION: Final = NEWEST
+ROW_BYTES: Final = 40
+"""About what a row costs beside its body."""
+_VACUUM_PAGES: Final = 2000
+_PAGE_ROWS: Final = 1000
+_BUSY_MS: Final = 5000
+_RESTORE = "restore it from a copy, or move the whole folder away to start afresh"
 
 
 class Version(msgspec.Struct, frozen=True, kw_only=True):
-    """One stored version of a job's global adapter.  `master` is the fp32 file, `model` what agents download."""
+    """One version of a job's global adapter.  `master` is the fp32 file, `model` what agents download.
+
+    `updates`: what it was made of, as long as those files are kept.  `kept`: whether its own files are.
+    """
 
     job: str
     version: int
@@ -54,6 +56,8 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
     model: Blob
     dropped_ratio: float
     at: float
+    updates: list[Contribution] = []
+    kept: bool = True
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,40 +68,96 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     event: Happened
 
 
+class Snapshot(NamedTuple):
+    """The state after row `seq`, as the core of `software` encoded it."""
+
+    seq: int
+    at: float
+    software: str
+    state: bytes
+
+
+class Frame(NamedTuple):
+    """A snapshot's place and what it costs together with the journal from it to the next one."""
+
+    seq: int
+    at: float
+    n_bytes: int
+
+
 logger = logging.getLogger(__name__)
 
 _encode = msgspec.msgpack.Encoder().encode
 _event = msgspec.msgpack.Decoder(Happened).decode
 _record = msgspec.msgpack.Decoder(RoundRecord).decode
 _blob = msgspec.msgpack.Decoder(Blob).decode
+_updates = msgspec.msgpack.Decoder(list[Contribution]).decode
+
+
+def _crc(number: float, body: bytes) -> int:
+    return int(google_crc32c.extend(google_crc32c.value(struct.pack(">d", number)), body))
 
 
 class Store:
-    """Opens (and creates) the database; `:memory:` keeps it in memory.  Not for concurrent use by two coordinators.
+    """Opens (and creates, and upgrades) the database; `:memory:` keeps it in memory.  Not for two coordinators at once.
 
-    Any thread may call it; writes take turns.  Raises BadConfig for a file that is no database or one of a newer version,
-    Unavailable when the disk refuses: nothing is half written then, and the next call may succeed.
+    Any thread may call it; writes take turns.  With `read_only` nothing on disk changes, also beside a running coordinator.
+    Raises BadConfig for a file that is no database, is damaged or of a newer version, Unavailable when the disk refuses:
+    nothing is half written then, and the next call may succeed.  Opening costs one read of the file.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, read_only: bool = False) -> None:
         self.path = str(path)
         self._lock = threading.Lock()
+        self._poison: set[int] = set()
+        self._whole(Path(path))
         with self._disk():
-            self._db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
+            self._db = _reading(self.path) if read_only else _connect(self.path)
             try:
-                self._open()
+                self._open(read_only=read_only)
+            except OSError as error:
+                self._db.close()
+                raise Unavailable(f"{self.path}: {error}: make room or check the disk, then it goes on") from error
             except BaseException:
                 self._db.close()
                 raise
 
-    def _open(self) -> None:
-        found = int(self._db.execute("PRAGMA user_version").fetchone()[0])
-        if found > SCHEMA_VERSION:
-            raise BadConfig(f"{self.path} was written by a newer fedpipe (format {found}): install that version again")
+    def _whole(self, path: Path) -> None:
+        """Refuse a write-ahead log that SQLite would silently take for a shorter one."""
+        try:
+            log = path.with_name(f"{path.name}-wal")
+            torn = wal.torn(log) and wal.torn(log)  # the first look may have met a coordinator that was just writing
+        except OSError as error:
+            raise Unavailable(f"{path}-wal cannot be read: {error}: check the disk") from error
+        if torn:
+            raise BadConfig(
+                f"{path}-wal is damaged at byte {torn.offset}: {torn.n_commits} commits behind it, which were answered for, "
+                f"cannot be read: restore the folder from a copy; or go on without them, after "
+                f"`truncate --size {torn.offset} {path}-wal`"
+            )
+
+    def _open(self, *, read_only: bool) -> None:
+        if read_only:
+            if found_version(self._db, self.path) < SCHEMA_VERSION:
+                old, self._db = self._db, _connect(":memory:")
+                old.backup(self._db)
+                old.close()
+                upgrade(self._db, ":memory:")
+            self._db.execute("BEGIN")  # everything read is of one moment
+            return
+        found_version(self._db, self.path)
+        fault = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if fault != "ok":
+            raise BadConfig(f"{self.path} is damaged ({fault}): {_RESTORE}")
+        incremental = self._db.execute("PRAGMA auto_vacuum").fetchone()[0] == 2
+        if not incremental:
+            self._db.execute("PRAGMA auto_vacuum=INCREMENTAL")
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
-        self._db.executescript(_SCHEMA)
-        self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        upgrade(self._db, self.path)
+        if not incremental and self.path != ":memory:":
+            with suppress(sqlite3.OperationalError):  # no room for it today: the file only does not shrink
+                self._db.execute("VACUUM")
 
     def close(self) -> None:
         """Close the file; what was appended is durable already."""
@@ -109,49 +169,74 @@ class Store:
     def append(self, events: Iterable[tuple[float, Happened]]) -> list[int]:
         """Make events durable in one commit and return their places.  Blocks for one fsync."""
         with self._disk(), self._transaction():
-            return [
-                int(
-                    self._db.execute(
-                        "INSERT INTO journal (at, kind, body) VALUES (?, ?, ?)",
-                        (at, type(event).__name__, _encode(event)),
-                    ).lastrowid
-                    or 0
-                )
-                for at, event in events
-            ]
+            return [self._insert(at, type(event).__name__, _encode(event)) for at, event in events]
+
+    def _insert(self, at: float, kind: str, body: bytes) -> int:
+        row = (at, kind, body, _crc(at, body))
+        return self._db.execute("INSERT INTO journal (at, kind, body, crc) VALUES (?, ?, ?, ?)", row).lastrowid or 0
 
     def replay(self, after: int = 0, before: int = 2**62) -> Iterator[Entry]:
         """The journal between two places, both exclusive, without poison, in order."""
-        rows = self._db.execute(
-            "SELECT seq, at, body FROM journal WHERE seq > ? AND seq < ? AND poison = 0 ORDER BY seq", (after, before)
-        )
-        for seq, at, body in rows:
-            try:
-                event = _event(body)
-            except msgspec.DecodeError as error:
-                logger.error("a journal row is unreadable: %s", error, extra={"action": "poison", "seq": seq})
-                self.poison(seq)
-                continue
-            yield Entry(seq=seq, at=at, event=event)
+        query = "SELECT seq, at, body, crc FROM journal WHERE seq > ? AND seq < ? AND poison = 0 ORDER BY seq LIMIT ?"
+        while rows := self._rows(query, after, before, _PAGE_ROWS):
+            for seq, at, body, crc in rows:
+                if seq not in self._poison and (event := self._read(seq, at, body, crc)) is not None:
+                    yield Entry(seq=seq, at=at, event=event)
+            after = rows[-1][0]
+
+    def _read(self, seq: int, at: float, body: bytes, crc: int | None) -> Happened | None:
+        try:
+            if crc is not None and crc != _crc(at, body):
+                raise msgspec.DecodeError("its checksum is wrong")
+            event: Happened = _event(body)
+            return event
+        except msgspec.DecodeError as error:
+            logger.error("a journal row is unreadable: %s", error, extra={"action": "poison", "seq": seq})
+            self.poison(seq)
+            return None
+
+    def first_seq(self) -> int:
+        """The oldest row that is kept; 0 for an empty journal."""
+        return int(self._rows("SELECT COALESCE(MIN(seq), 0) FROM journal")[0][0])
 
     def last_at(self) -> float:
-        """When the last journalled event happened (seconds since the epoch); 0 for an empty journal."""
-        return float(self._db.execute("SELECT COALESCE(MAX(at), 0) FROM journal").fetchone()[0])
+        """When the last journalled event happened (seconds since the epoch); 0 when nothing ever did."""
+        newest = "SELECT MAX((SELECT COALESCE(MAX(at), 0) FROM journal), (SELECT COALESCE(MAX(at), 0) FROM snapshots))"
+        return float(self._rows(newest)[0][0])
 
     def poison(self, seq: int) -> None:
-        """Never replay this row: the core cannot take it."""
-        with self._disk():
+        """Never replay this row: the core cannot take it.  A disk that refuses is no reason to stop: it is found again."""
+        self._poison.add(seq)
+        with suppress(Unavailable), self._disk():
             self._db.execute("UPDATE journal SET poison = 1 WHERE seq = ?", (seq,))
 
+    # ---------------------------------------------------------------------------------------------------- snapshots
+
     def save_snapshot(self, seq: int, state: bytes) -> None:
-        """Replace the snapshot by the state after row `seq`."""
+        """Keep the state after row `seq`."""
+        at = "(SELECT COALESCE(MAX(at), 0) FROM journal WHERE seq <= ?)"
+        row = (seq, seq, SOFTWARE, _crc(seq, state), state)
         with self._disk():
-            self._db.execute("INSERT OR REPLACE INTO snapshot (id, seq, state) VALUES (1, ?, ?)", (seq, state))
+            self._db.execute(f"INSERT OR REPLACE INTO snapshots VALUES (?, {at}, ?, ?, ?)", row)  # noqa: S608
+
+    def snapshots(self, before: int = 2**62) -> Iterator[Snapshot]:
+        """The snapshots at places below `before` whose bytes are those that were saved, newest first."""
+        rows = self._rows("SELECT seq FROM snapshots WHERE seq < ? ORDER BY seq DESC", before)
+        for (seq,) in rows:
+            query = "SELECT at, software, crc, state FROM snapshots WHERE seq = ?"
+            ((at, software, crc, state),) = self._rows(query, seq)
+            if crc is None or crc == _crc(seq, state):
+                yield Snapshot(seq, at, software, state)
+            else:
+                logger.error("a snapshot is damaged", extra={"action": "snapshot_lost", "seq": seq})
 
     def load_snapshot(self) -> tuple[int, bytes] | None:
-        """The last snapshot and its place in the journal."""
-        row = self._db.execute("SELECT seq, state FROM snapshot").fetchone()
-        return (int(row[0]), bytes(row[1])) if row else None
+        """The newest readable snapshot and its place in the journal."""
+        return next(((s.seq, s.state) for s in self.snapshots()), None)
+
+    def has_snapshots(self) -> bool:
+        """Whether any was ever saved, readable or not."""
+        return bool(self._rows("SELECT 1 FROM snapshots LIMIT 1"))
 
     # ----------------------------------------------------------------------------------------------- rounds, versions
 
@@ -165,7 +250,7 @@ class Store:
 
     def rounds(self, job: str) -> list[RoundRecord]:
         """All ended rounds of a job, failed attempts included, in order."""
-        rows = self._db.execute("SELECT record FROM rounds WHERE job = ? ORDER BY round, attempt", (job,))
+        rows = self._rows("SELECT record FROM rounds WHERE job = ? ORDER BY round, attempt", job)
         return [_record(row[0]) for row in rows]
 
     def add_version(self, version: Version) -> None:
@@ -173,19 +258,85 @@ class Store:
         v = version
         with self._disk():
             self._db.execute(
-                "INSERT OR REPLACE INTO versions VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (v.job, v.version, v.round, v.master, _encode(v.model), v.dropped_ratio, v.at),
+                "INSERT OR REPLACE INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    v.job,
+                    v.version,
+                    v.round,
+                    v.master,
+                    _encode(v.model),
+                    v.dropped_ratio,
+                    v.at,
+                    _encode(v.updates),
+                    v.kept,
+                ),
             )
 
-    def versions(self, job: str) -> list[Version]:
-        """All stored versions of a job, oldest first."""
-        rows = self._db.execute("SELECT * FROM versions WHERE job = ? ORDER BY version", (job,))
+    def versions(self, job: str | None = None) -> list[Version]:
+        """All versions of a job, oldest first, also those whose files are gone; of all jobs without one."""
+        rows = self._rows("SELECT * FROM versions WHERE ? IS NULL OR job = ? ORDER BY job, version", job, job)
         return [
-            Version(job=j, version=v, round=r, master=m, model=_blob(b), dropped_ratio=d, at=at)
-            for j, v, r, m, b, d, at in rows
+            Version(
+                job=j,
+                version=v,
+                round=r,
+                master=m,
+                model=_blob(b),
+                dropped_ratio=d,
+                at=at,
+                updates=_updates(u),
+                kept=bool(k),
+            )
+            for j, v, r, m, b, d, at, u, k in rows
         ]
 
+    # -------------------------------------------------------------------------------------------------------- pruning
+
+    def frames(self) -> list[Frame]:
+        """The snapshots' places and costs, oldest first.  Cost: one pass over the journal's lengths."""
+        rows = self._rows("SELECT seq, at, LENGTH(state) FROM snapshots ORDER BY seq")
+        ends = [*(seq for seq, _, _ in rows), 2**62][1:]
+        journal = "SELECT COALESCE(SUM(LENGTH(body) + ?), 0) FROM journal WHERE seq > ? AND seq <= ?"
+        return [
+            Frame(seq, at, n + int(self._rows(journal, ROW_BYTES, seq, end)[0][0]))
+            for (seq, at, n), end in zip(rows, ends, strict=True)
+        ]
+
+    def forget(self, versions: Iterable[tuple[str, int]], updates: Iterable[tuple[str, int]], before_seq: int) -> int:
+        """In one commit: these versions and updates are not kept any more, nor snapshots before a place and the journal up to it.
+
+        Their files are still there: delete them afterwards.  Returns how many journal rows went.
+        """
+        with self._disk(), self._transaction():
+            self._db.executemany(
+                "UPDATE versions SET kept = 0, updates = x'90' WHERE job = ? AND version = ?", versions
+            )
+            self._db.executemany("UPDATE versions SET updates = x'90' WHERE job = ? AND version = ?", updates)
+            self._db.execute("DELETE FROM snapshots WHERE seq < ?", (before_seq,))
+            return self._db.execute("DELETE FROM journal WHERE seq <= ?", (before_seq,)).rowcount
+
+    def shrink(self) -> None:
+        """Give pages that are free back to the file system, a few at a time so that the journal need not wait."""
+        while True:
+            with self._disk():
+                free = int(self._db.execute("PRAGMA freelist_count").fetchone()[0])
+                self._db.executescript(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})")  # execute() stops after one page
+                self._db.execute("PRAGMA busy_timeout=0")  # who reads beside us need not hold up the journal
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                self._db.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
+            if free <= _VACUUM_PAGES or self._db.execute("PRAGMA auto_vacuum").fetchone()[0] != 2:
+                return
+
+    def drop_copies(self) -> None:
+        """Delete the copies of older formats that an upgrade left."""
+        drop_copies(self.path)
+
     # ------------------------------------------------------------------------------------------------------- plumbing
+
+    def _rows(self, query: str, *values: object) -> list[Any]:
+        """All rows at once: a cursor that stays open would be in the way of the next checkpoint."""
+        with self._disk():
+            return self._db.execute(query, values).fetchall()
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -210,4 +361,15 @@ class Store:
         except sqlite3.DatabaseError as error:
             if type(error) is not sqlite3.DatabaseError:
                 raise
-            raise BadConfig(f"{self.path}: {error}: restore it from a copy, or move it away to start afresh") from error
+            raise BadConfig(f"{self.path}: {error}: {_RESTORE}") from error
+
+
+def _connect(path: str) -> sqlite3.Connection:
+    return sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+
+
+def _reading(path: str) -> sqlite3.Connection:
+    """A connection that writes nothing; without a log beside it nobody has the file open, and it is read as it lies there."""
+    how = "mode=ro" if Path(f"{path}-wal").exists() else "immutable=1"
+    where = f"{Path(path).absolute().as_uri()}?{how}"
+    return sqlite3.connect(where, uri=True, check_same_thread=False, isolation_level=None)

@@ -6,10 +6,12 @@ import asyncio
 import logging
 import tomllib
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coordinator import aggregators
+from coordinator.audit import LOCAL
 from coordinator.core.events import JobSubmitted
 from coordinator.core.spec import JobSpec
 from protocol import methods
@@ -73,14 +75,29 @@ async def submit(coordinator: Coordinator, spec: JobSpec) -> None:
 
 async def watch_folder(coordinator: Coordinator, folder: Path) -> None:
     """Submit every *.toml that is dropped into `folder`; it is renamed to .submitted or .refused, with the reason beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):  # a disk that takes nothing is told of elsewhere
+        folder.mkdir(parents=True, exist_ok=True)
+    submitted: set[Path] = set()  # whose names the disk has not let change yet
     while True:
         for path in sorted(folder.glob("*.toml")):
-            try:
-                await submit(coordinator, read_job(path, coordinator.config.allow_methods))
-                path.replace(path.with_suffix(".submitted"))
-            except OutsideFault as error:
-                logger.error("job refused: %s", error, extra={"action": "job_refused", "file": path.name})
-                path.with_suffix(".reason").write_text(f"{error}\n", encoding="utf-8")
-                path.replace(path.with_suffix(".refused"))
+            with suppress(Unavailable, OSError):  # it stays there and is looked at again
+                await _take(coordinator, path, submitted)
         await asyncio.sleep(SCAN_S)
+
+
+async def _take(coordinator: Coordinator, path: Path, submitted: set[Path]) -> None:
+    """Submit one file.  Raises Unavailable or OSError when the disk refuses, whether or not the job is submitted by then."""
+    try:
+        if path not in submitted:
+            spec = read_job(path, coordinator.config.allow_methods)
+            async with coordinator.audit.doing(LOCAL, "submit", spec.job.name):
+                await submit(coordinator, spec)
+            submitted.add(path)
+        path.replace(path.with_suffix(".submitted"))
+        submitted.discard(path)
+    except Unavailable:
+        raise
+    except OutsideFault as error:
+        logger.error("job refused: %s", error, extra={"action": "job_refused", "file": path.name})
+        path.with_suffix(".reason").write_text(f"{error}\n", encoding="utf-8")
+        path.replace(path.with_suffix(".refused"))

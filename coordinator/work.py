@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
+import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +20,7 @@ from coordinator.config import CoordinatorConfig
 from coordinator.core import actions as act
 from coordinator.core import events as ev
 from coordinator.core.state import FleetState, JobState, RoundRecord
+from coordinator.disk import Disk, refuses
 from coordinator.exporting import export_version, pick
 from coordinator.planner import automatic
 from coordinator.planner.servers import Ask
@@ -51,8 +54,14 @@ def question(fleet: FleetState, wish: act.MakePlan) -> Ask:
 class Work:
     """The slow jobs over one store and one folder of blobs."""
 
-    def __init__(self, config: CoordinatorConfig, store: Store, blobs: Blobs, clock: Callable[[], float]) -> None:
-        self._config, self._store, self._blobs, self._clock = config, store, blobs, clock
+    def __init__(
+        self, config: CoordinatorConfig, store: Store, blobs: Blobs, clock: Callable[[], float], disk: Disk
+    ) -> None:
+        self._config, self._store, self._blobs, self._clock, self._disk = config, store, blobs, clock, disk
+
+    def renew(self, config: CoordinatorConfig) -> None:
+        """Another configuration, from the next piece of work on."""
+        self._config = config
 
     async def plan(self, wish: act.MakePlan, fleet: FleetState) -> ev.PlanReady | ev.PlanFailed:
         """Who trains what."""
@@ -101,14 +110,16 @@ class Work:
                         model=done.model,
                         dropped_ratio=done.dropped_ratio,
                         at=self._clock(),
+                        updates=wish.contributions,
                     )
                 )
             except (Unavailable, OSError) as error:
-                logger.error("cannot store the next version: %s", error, extra={"action": "disk", "job": wish.job})
+                self._disk.refused(f"version {wish.version} of {wish.job}", error)
                 await asyncio.sleep(RETRY_S)
             except OutsideFault as error:
                 return ev.AggregateFailed(job=wish.job, round=wish.round, attempt=wish.attempt, reason=str(error))
             else:
+                self._disk.wrote(f"version {wish.version} of {wish.job}")
                 return done
 
     async def record(self, job: str, record: RoundRecord) -> None:
@@ -117,10 +128,11 @@ class Work:
             try:
                 self._store.record(job, record)
             except Unavailable as error:
-                logger.error("%s", error, extra={"action": "disk", "job": job})
+                self._disk.refused("a round's record", error)
                 await asyncio.sleep(RETRY_S)
             else:
                 break
+        self._disk.wrote("a round's record")
         extra = {
             "action": "round",
             "job": job,
@@ -134,17 +146,14 @@ class Work:
         }
         logger.info("round closed", extra=extra)
 
-    def forget_updates(self, wish: act.Aggregate) -> None:
-        """Delete updates whose aggregate is journalled."""
-        for contribution in wish.contributions:
-            self._blobs.delete(contribution.sha256)
-
     async def judge(self, wish: act.Fetch) -> ev.UpdateStored | ev.UpdateSpoiled:
-        """Whether a complete update fits its plan; it counts only then."""
+        """Whether a complete update fits its plan; it counts only then.  Raises OSError when our disk does not give it.
+
+        One that does not fit is not deleted here: its agent may have offered the digest of a file that others need.
+        """
         try:
             scores = await asyncio.to_thread(self._check, wish)
-        except (BadUpdate, OSError) as error:
-            self._blobs.delete(wish.offer.blob.sha256)
+        except BadUpdate as error:
             return ev.UpdateSpoiled(agent=wish.agent, offer=wish.offer, reason=f"bad update: {error}")
         return ev.UpdateStored(agent=wish.agent, offer=wish.offer, scores=scores)
 
@@ -153,6 +162,8 @@ class Work:
         offer, kind = wish.offer, methods.load(wish.method, self._config.allow_methods).kind
         if offer.kind != kind:
             raise BadUpdate(f"an update of kind {offer.kind!r} where {kind!r} was planned")
+        with suppress(OSError):
+            os.utime(self._blobs.path(offer.blob.sha256))  # no orphan: it is wanted now, see pruning.ORPHAN_AGE_S
         update = open_update(
             self._blobs.path(offer.blob.sha256),
             kind,
@@ -168,10 +179,18 @@ class Work:
     async def export(self, job: JobState, folder: Path) -> None:
         """Write a job's newest version as a PEFT directory; a job without any leaves none."""
         name = job.spec.job.name
-        versions, rounds = self._store.versions(name), self._store.rounds(name)
-        if not versions:
-            return
-        try:
-            await asyncio.to_thread(export_version, job, pick(versions, None), rounds, self._blobs, folder, SOFTWARE)
-        except (OutsideFault, OSError) as error:
-            logger.error("not exported: %s", error, extra={"action": "export_failed", "job": name})
+        versions, rounds, told = self._store.versions(name), self._store.rounds(name), False
+        while versions:
+            try:
+                await asyncio.to_thread(
+                    export_version, job, pick(versions, None), rounds, self._blobs, folder, SOFTWARE
+                )
+            except (OutsideFault, OSError) as error:
+                if not told:
+                    logger.error("not exported: %s", error, extra={"action": "export_failed", "job": name})
+                if not refuses(error):
+                    return
+                told = True
+                await asyncio.sleep(RETRY_S)
+            else:
+                return

@@ -37,7 +37,8 @@ class Blobs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.partial = folder / "partial"
-        self.partial.mkdir(parents=True, exist_ok=True)
+        with disk(folder):
+            self.partial.mkdir(parents=True, exist_ok=True)
 
     def path(self, sha256: str) -> Path:
         """Where the blob is, or would be."""
@@ -75,8 +76,9 @@ class Blobs:
         return sha256
 
     def delete(self, sha256: str) -> None:
-        """Forget a blob; one that is not here is no error."""
-        self.path(sha256).unlink(missing_ok=True)
+        """Forget a blob; one that is not here is no error, and one that the disk does not let go is a blob too many."""
+        with suppress(OSError):
+            self.path(sha256).unlink(missing_ok=True)
 
     def __iter__(self) -> Iterator[str]:
         """Digests of all blobs, in no order."""
@@ -92,7 +94,7 @@ class Blobs:
         """Delete unfinished files that nobody wrote to for so long; how many."""
         oldest, n = time.time() - older_than_s, 0
         for path in self.partial.iterdir():
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 if path.stat().st_mtime < oldest:
                     path.unlink()
                     n += 1
@@ -106,7 +108,8 @@ class Blobs:
             with disk(self.folder):
                 yield path
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that is read-only by now
+                path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -115,11 +118,18 @@ def disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        free_bytes = shutil.disk_usage(folder).free
         raise Unavailable(
-            f"{folder}: {error} ({free_bytes / 1e6:.0f} MB free): "
+            f"{folder}: {error} ({_room(folder)}): "
             "make room or check the disk; what is there already is intact and will be used"
         ) from error
+
+
+def _room(folder: Path) -> str:
+    """Free space there, or on the way there if the folder could not even be created."""
+    for known in (folder, *folder.parents):
+        with suppress(OSError):
+            return f"{shutil.disk_usage(known).free / 1e6:.0f} MB free"
+    return "free space unknown"
 
 
 def digest_file(path: Path) -> tuple[str, int]:

@@ -14,11 +14,13 @@ Files are opened per write: a thousand transfers need no file descriptors, and n
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -42,12 +44,12 @@ class Partial:
     Raises Unavailable from any method when the disk refuses; the file then holds what it held before.
     """
 
-    def __init__(self, blobs: Blobs, blob: Blob, size: int | None, owner: str) -> None:
+    def __init__(self, blobs: Blobs, blob: Blob, size: int | None, owner: str, reserve_bytes: int = 0) -> None:
         stem = f"{owner}.{blob.xfer}"
         self.blob = blob
         self.size = blob.size if size is None else size
         self.have = Bitmap(n_prefix_chunks(blob, size))
-        self._blobs = blobs
+        self._blobs, self._reserve_bytes = blobs, reserve_bytes
         self._data = blobs.partial / f"{stem}.data"
         self._log = blobs.partial / f"{stem}.log"
         self._log_bytes = 0
@@ -66,6 +68,8 @@ class Partial:
         piece = bytes(data[: self._length(index)])
         record = _RECORD.pack(index, google_crc32c.value(piece))
         with disk(self._blobs.folder):
+            if self._reserve_bytes and shutil.disk_usage(self._blobs.folder).free < self._reserve_bytes:
+                raise OSError(errno.ENOSPC, f"{self._reserve_bytes / 1e6:.0f} MB are to stay free")
             _write_at(self._data, piece, index * self.blob.chunk)
             _write_at(self._log, record, self._log_bytes)
         self._log_bytes += _RECORD.size
@@ -90,13 +94,15 @@ class Partial:
                 f"{self.blob.xfer} arrived with digest {found[:16]}.. instead of {expected[:16]}..: ask again"
             )
         self._blobs.adopt(self._data, found)
-        self._log.unlink(missing_ok=True)
+        with suppress(OSError):  # without its data the log says nothing
+            self._log.unlink(missing_ok=True)
         return self._blobs.path(found)
 
     def discard(self) -> None:
-        """Delete everything of this transfer."""
-        self._log.unlink(missing_ok=True)
-        self._data.unlink(missing_ok=True)
+        """Delete everything of this transfer; what the disk does not let go is swept later."""
+        with suppress(OSError):
+            self._log.unlink(missing_ok=True)
+            self._data.unlink(missing_ok=True)
 
     def _length(self, index: int) -> int:
         return min(chunk_length(self.blob, index), self.size - index * self.blob.chunk)
@@ -122,11 +128,14 @@ class Partial:
 
 
 class Spool:
-    """Opens partial files next to the store that they end in.  Refuses blobs above `max_bytes`."""
+    """Opens partial files next to the store that they end in.
 
-    def __init__(self, blobs: Blobs, *, max_bytes: int = 64 * 2**30) -> None:
+    Refuses blobs above `max_bytes`, and leaves `reserve_bytes` of the disk free for what is more important.
+    """
+
+    def __init__(self, blobs: Blobs, *, max_bytes: int = 64 * 2**30, reserve_bytes: int = 0) -> None:
         self.blobs = blobs
-        self.max_bytes = max_bytes
+        self.max_bytes, self.reserve_bytes = max_bytes, reserve_bytes
 
     def open(self, blob: Blob, *, size: int | None = None, owner: str = "self") -> Partial:
         """The partial file of `blob` (or of its first `size` bytes) from `owner`, resumed if there is one.
@@ -139,13 +148,14 @@ class Spool:
         partial_bytes = blob.size if size is None else size
         if partial_bytes > self.max_bytes:
             raise BadMessage(f"{blob.xfer} has {partial_bytes} bytes, at most {self.max_bytes} are accepted here")
-        partial = Partial(self.blobs, blob, size, owner)
+        partial = Partial(self.blobs, blob, size, owner, self.reserve_bytes)
         missing_bytes = min(partial_bytes, (len(partial.have) - partial.have.count) * blob.chunk)
         free_bytes = shutil.disk_usage(self.blobs.folder).free
-        if missing_bytes > free_bytes:
+        if missing_bytes + self.reserve_bytes > free_bytes:
+            kept = f", of which {self.reserve_bytes / 1e6:.0f} MB are to stay so" if self.reserve_bytes else ""
             raise Unavailable(
                 f"{self.blobs.folder}: {missing_bytes / 1e6:.0f} MB are still to come and {free_bytes / 1e6:.0f} MB are "
-                "free: make room, the transfer resumes then"
+                f"free{kept}: make room, the transfer resumes then"
             )
         return partial
 

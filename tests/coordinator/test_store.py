@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from coordinator.core import events as ev
 from coordinator.core.state import RoundRecord, ShareRecord
 from coordinator.store import SCHEMA_VERSION, Entry, Store, Version
+from protocol import SOFTWARE
 from protocol.errors import BadConfig, Unavailable
 from protocol.messages import Blob, Evaluated, ExecState, Level, Offer, Report
 
@@ -155,6 +156,11 @@ def test_the_last_snapshot_counts(store: Store) -> None:
     for seq, state in [(3, b"three"), (9, b"nine" * 1000), (9, b"again")]:
         store.save_snapshot(seq, state)
         assert store.load_snapshot() == (seq, state)
+    assert [(s.seq, s.state, s.software) for s in store.snapshots()] == [
+        (9, b"again", SOFTWARE),
+        (3, b"three", SOFTWARE),
+    ]
+    assert [s.seq for s in store.snapshots(before=9)] == [3]
 
 
 def test_rounds_are_written_once_and_failed_attempts_stay(store: Store) -> None:
@@ -208,7 +214,7 @@ def test_it_does_what_a_list_would(steps: list[list[int] | str]) -> None:
             store.poison(max(model))
             del model[max(model)]
         elif step == "snapshot":
-            snapshot = (max(model, default=0), str(model).encode())
+            snapshot = (max(model, default=0) if not snapshot else max([*model, snapshot[0]]), str(model).encode())
             store.save_snapshot(*snapshot)
         assert {e.seq: e.event for e in store.replay()} == {seq: joined(n) for seq, n in model.items()}
         assert store.load_snapshot() == snapshot
@@ -260,6 +266,14 @@ def test_a_place_is_never_used_twice(path: Path) -> None:
     assert Store(path).append([(T0, joined(1))])[0] > seqs[-1]
 
 
+def test_poison_is_left_out_even_where_the_disk_does_not_let_it_be_marked(path: Path) -> None:
+    store = Store(path)
+    seqs = store.append([(T0, joined(n)) for n in range(2)])
+    with largest_file(path.with_name("journal.sqlite-wal").stat().st_size):
+        store.poison(seqs[0])
+        assert [e.seq for e in entries(store)] == [seqs[1]]
+
+
 def test_a_newer_format_is_refused_and_left_alone(path: Path) -> None:
     Store(path).close()
     with sqlite3.connect(path) as db:
@@ -300,7 +314,6 @@ WRITES: dict[str, Callable[[Store], object]] = {
         (T0, ev.AgentLeft(agent="a", session="1" * 16, reason="x" * 50_000)) for _ in range(100)
     ),
     "a snapshot": lambda store: store.save_snapshot(1, b"x" * 100_000),
-    "poison": lambda store: store.poison(1),
     "a round": lambda store: store.record("j", record(1)),
     "a version": lambda store: store.add_version(version(1)),
 }
