@@ -16,7 +16,9 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("run", "run the daemon"), ("check-config", "check a configuration file")):
         command = commands.add_parser(name, help=text)
-        command.add_argument("--config", type=Path, default=Path("/etc/fedpipe/agent.toml"))
+        command.add_argument(
+            "--config", type=Path, default=Path("/etc/fedpipe/agent.toml"), help="the configuration file"
+        )
     arguments = parser.parse_args()
     from agent.config import AgentConfig
 
@@ -29,9 +31,9 @@ def main() -> int:
     if arguments.command == "check-config":
         print(f"{arguments.config}: agent {config.agent!r} of fleet {config.fleet!r}, broker {config.broker.url}: fine")
         return 0
-    from agent.daemon import Agent
+    from agent.service import serve
 
-    return run(lambda stop: Agent(config).run(stop))
+    return run(lambda stop: serve(config, stop, arguments.config))
 
 
 if __name__ == "__main__":

@@ -14,16 +14,15 @@ Hashing 14 GB takes half a minute, so each file's digest is remembered by its si
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
-import tempfile
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from protocol.errors import BadConfig, Unavailable
+from protocol.files import replacing
 from protocol.messages import Base
 
 logger = logging.getLogger(__name__)
@@ -128,7 +127,9 @@ def _remembered(cache: Path | None) -> dict[str, _Seen]:
 
 def _remember(cache: Path, seen: dict[str, _Seen]) -> None:
     # Another process may write too: a whole file appears or none, and losing an entry only costs hashing again.
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=cache.parent, delete=False) as file:
-        json.dump(msgspec.to_builtins(seen), file)
-    Path(file.name).replace(cache)
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(cache) as file:
+            file.write(msgspec.json.encode(seen))
+    except OSError as error:
+        logger.warning("digests are not remembered: %s", error, extra={"action": "digest_cache_lost"})

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -92,13 +92,17 @@ def _fill(row: list[int], value: int, longest: int) -> list[int]:
     return row + [value] * (longest - len(row))
 
 
-def endless(examples: Sequence[Example], tokenizer: Any, training: Training, seed: int) -> Iterator[Batch]:
+def endless(
+    examples: Sequence[Example], tokenizer: Any, training: Training, seed: int, *, skip: int = 0
+) -> Iterator[Batch]:
     """Micro-batches for ever: each epoch is a fresh shuffle that only the seed and the epoch's number decide.
 
-    An epoch's end does not cut a batch short: the next one fills it up.
+    An epoch's end does not cut a batch short: the next one fills it up.  `skip` leaves out so many examples, without a look
+    at their text: behind whole batches, packed or not, come the batches that would have come.
     """
-    shuffled = (example for epoch in count() for example in _shuffled(examples, f"{seed}/{epoch}"))
-    tokens = (encode(example, tokenizer, training.max_tokens) for example in shuffled)
+    first, at = divmod(skip, len(examples))
+    epochs = chain.from_iterable(_shuffled(examples, f"{seed}/{epoch}") for epoch in count(first))
+    tokens = (encode(example, tokenizer, training.max_tokens) for example in islice(epochs, at, None))
     if training.packing:
         rows = packed(tokens, training.max_tokens)
         while True:

@@ -71,11 +71,11 @@ class Calibrations:
             self._folder.mkdir(parents=True, exist_ok=True)
             with files.replacing(self._path(found)) as file:
                 file.write(msgspec.msgpack.encode(_Kept(now, short_at_bytes, calibrated)))
+            by_age = sorted(self._folder.glob("*.calibrated"), key=lambda path: path.stat().st_mtime, reverse=True)
+            for path in by_age[MAX_KEPT:]:
+                path.unlink(missing_ok=True)
         except OSError as error:
             logger.warning("a calibration could not be kept: %s", error, extra={"action": "calibration_lost"})
-        by_age = sorted(self._folder.glob("*.calibrated"), key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in by_age[MAX_KEPT:]:
-            path.unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.calibrated"

@@ -2,7 +2,7 @@
 
 The child exists so that CUDA out-of-memory, hangs, leaks and a SIGKILL are an event in the daemon and not its death, and so
 that an idle agent never holds torch in memory.  Commands go down (Run, Stop, Pause, Resume, Shrink, Quit), events come up.  Each Run is answered by
-any number of Phase, Stepped, Evaluated, Surveyed and Calibrated and then by exactly one Finished or Failed; when the child dies first,
+any number of Phase, Resumed, Stepped, Evaluated, Surveyed and Calibrated and then by exactly one Finished, Suspended or Failed; when the child dies first,
 the supervisor says Failed in its place.
 
 This module is the whole vocabulary and imports nothing heavy: both processes use it.
@@ -22,12 +22,15 @@ MAX_FRAME_BYTES: Final = 64 * 2**20
 """A frame above this means that the stream is garbled: 20,000 matrices with long names take 5 MB."""
 
 SIGTERM: Final = "SIGTERM"
-"""`stopped` of a task whose child was told to end by a signal; the child exits behind it."""
+"""`stopped` of a task whose child was told to end by a signal, and that cannot be suspended; the child exits behind it."""
+
+LAST_TRIES_S: Final = 8.0
+"""So long after a stop an update that the disk refuses is still tried; the core waits for CHILD_GRACE_S = 10 at least."""
 
 PAUSED_SIGN_S: Final = 5.0
 """A paused child says so again this often: silence is the sign of a child that hangs."""
 
-PhaseName = Literal["loading", "calibrating", "evaluating", "training", "paused"]
+PhaseName = Literal["loading", "calibrating", "evaluating", "training", "saving", "paused"]
 
 
 class TrainTask(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +40,7 @@ class TrainTask(msgspec.Struct, frozen=True, kw_only=True):
     calibrations the folder that remembers what was measured with it ("" is neither);
     model_file is the downloaded global adapter, None at version 0; out_file is written by a train task that made at least
     one step; device is "auto", "cpu", "cuda" or "cuda:N"; memory_limit_bytes of it the child may hold in all, 0 is not known;
+    checkpoint is the file that training is kept in and goes on from ("" is none), written every checkpoint_s;
     allowed names the third-party trainers that this agent's own configuration permits.
     """
 
@@ -48,6 +52,8 @@ class TrainTask(msgspec.Struct, frozen=True, kw_only=True):
     out_file: str = ""
     digest_cache: str = ""
     calibrations: str = ""
+    checkpoint: str = ""
+    checkpoint_s: float = 60.0
     device: str = "auto"
     memory_limit_bytes: int = 0
     allowed: tuple[str, ...] = ()
@@ -64,9 +70,13 @@ class Run(Frame, frozen=True, kw_only=True, tag="run"):
 
 
 class Stop(Frame, frozen=True, kw_only=True, tag="stop"):
-    """End the running task after the present micro-batch and hand over what is there.  Without a task it means nothing."""
+    """End the running task after the present micro-batch and hand over what is there.  Without a task it means nothing.
+
+    `suspend` asks to keep it instead, so that the next process goes on with it; what cannot be kept is handed over.
+    """
 
     reason: str
+    suspend: bool = False
 
 
 class Pause(Frame, frozen=True, kw_only=True, tag="pause"):
@@ -97,6 +107,13 @@ class Phase(Frame, frozen=True, kw_only=True, tag="phase"):
     """The task has come to this part.  "paused" is said again every PAUSED_SIGN_S, and behind it what goes on."""
 
     name: PhaseName
+
+
+class Resumed(Frame, frozen=True, kw_only=True, tag="resumed"):
+    """Training goes on from a checkpoint, after so many steps."""
+
+    step: int
+    n_steps: int
 
 
 class Stepped(Frame, frozen=True, kw_only=True, tag="stepped"):
@@ -151,11 +168,17 @@ class Finished(Frame, frozen=True, kw_only=True, tag="finished"):
     predicted_bytes: int = 0
 
 
+class Suspended(Frame, frozen=True, kw_only=True, tag="suspended"):
+    """The task's checkpoint is on disk, and what it would have handed over; the child exits behind it."""
+
+    so_far: Finished
+
+
 class Failed(Frame, frozen=True, kw_only=True, tag="failed"):
     """The task ended with nothing.
 
     Reasons: "bad_config", "bad_update", "bad_message", "unavailable" (protocol/errors.py), "base_mismatch", "out_of_memory",
-    "loss is not finite", "crashed" (a bug; the log has the traceback), and from the supervisor "died", "hung", "killed",
+    "loss is not finite", "disk", "crashed" (a bug; the log has the traceback), and from the supervisor "died", "hung", "killed",
     "garbled", "no_child".
     """
 
@@ -164,8 +187,8 @@ class Failed(Frame, frozen=True, kw_only=True, tag="failed"):
 
 
 Command = Run | Stop | Pause | Resume | Shrink | Quit
-Ending = Finished | Failed
-Event = Ready | Phase | Stepped | Evaluated | Surveyed | Calibrated | Finished | Failed
+Ending = Finished | Suspended | Failed
+Event = Ready | Phase | Resumed | Stepped | Evaluated | Surveyed | Calibrated | Finished | Suspended | Failed
 
 LENGTH: Final = struct.Struct(">I")
 _commands: Final[msgspec.msgpack.Decoder[Command]] = msgspec.msgpack.Decoder(Command)

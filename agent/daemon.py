@@ -9,26 +9,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from agent import child, profiler
+import msgspec
+
+from agent import child, intake, metrics, profiler, upkeep
+from agent.answers import Answers
 from agent.config import AgentConfig
 from agent.core import actions as act
 from agent.core import events as ev
 from agent.core.session import Session
+from agent.door import Door
 from agent.host import Host
 from agent.outbox import Outbox
 from agent.probe import PROBE, uplink_seconds
 from agent.training import Training
 from agent.watch import Watch
-from protocol import SOFTWARE, codec
+from protocol import SOFTWARE
 from protocol.blobs import Blobs
 from protocol.bus import Bus, Connected, Disconnected, Received, Will, mqtt_bus
+from protocol.credentials import Credentials
 from protocol.daemon import Clock, OncePer, Timer, feed_watchdog, notify
 from protocol.errors import BadMessage
 from protocol.exchange import Exchange, Lost, Outcome, Pulled
+from protocol.health import Health
 from protocol.messages import (
     Blob,
     Body,
@@ -42,10 +49,11 @@ from protocol.messages import (
     Refuse,
     Report,
 )
+from protocol.metrics import Door as MetricsDoor
 from protocol.outgoing import Outgoing
 from protocol.sending import Uploads
 from protocol.spool import Spool
-from protocol.topics import FromCoordinator, ToAgent, Topics, UpLeaf
+from protocol.topics import Topics, UpLeaf
 from protocol.transfer import Receiving
 
 COORDINATOR = "coordinator"
@@ -60,6 +68,7 @@ class Agent:
     def __init__(self, config: AgentConfig, bus: Bus | None = None) -> None:
         self.config = config
         self.folder = Path(config.state_dir)
+        upkeep.open_folder(self.folder)
         self.outbox = Outbox(self.folder / "outbox")
         self.blobs = Blobs(self.folder / "blobs")
         self.clock = Clock()
@@ -69,8 +78,11 @@ class Agent:
         self.uploads = Uploads()
         self.link = profiler.Link()
         self.host, self.watch = Host(config.limits), Watch(config.device)
-        self.connected = False
+        self.connected, self.n_connects = False, 0
+        self.credentials = Credentials(self.folder / "welcomed", config.broker, config.agent)
+        self.health, self.scraped = Health(), MetricsDoor(lambda: metrics.families(self))
         self.bus = bus or mqtt_bus(config.broker, config.agent, self._will)
+        self.door = Door(config, self.bus, self.clock, lambda: self.tell(ev.RebirthAsked()))
         self.exchange = Exchange(
             bus=self.bus,
             spool=Spool(self.blobs, max_bytes=config.limits.max_model_bytes),
@@ -83,7 +95,7 @@ class Agent:
         )
         self._inbox: asyncio.Queue[ev.Happened] = asyncio.Queue()
         self._timer = Timer(self.clock)
-        self._progress_due = asyncio.Event()
+        self._progress_due, self._renewed = asyncio.Event(), asyncio.Event()
         self.training = Training(
             config,
             blobs=self.blobs,
@@ -97,7 +109,10 @@ class Agent:
         self.report = self._look_around()
         self._fetching_since = 0.0
         self._pulled_since: dict[str, float] = {}
+        self._answers = Answers(self.topics, config.agent)
         self._complaints = OncePer()
+        self.refused: Counter[str] = Counter()
+        """Messages that were refused, by kind."""
         self._probed_at = -PROBE_AGAIN_S
 
     # ------------------------------------------------------------------------------------------------------ lifecycle
@@ -117,7 +132,10 @@ class Agent:
                 "report": self._watch_resources(),
                 "host": self._watch_host(),
                 "exchange": self.exchange.run(),
-                "watchdog": feed_watchdog(lambda: True),
+                "health": self.health.watch(),
+                "watchdog": feed_watchdog(self.health.ok),
+                "metrics": self.scraped.serve(self.config.metrics),
+                "identity": self.door.run(),
             }
             tasks = [group.create_task(work, name=name) for name, work in named.items()]
             notify(READY="1", STATUS="waiting for the broker")
@@ -140,7 +158,7 @@ class Agent:
         self._inbox.put_nowait(event)
 
     async def _consume(self) -> None:
-        for offer in self.core.outbox.values():
+        for offer in self.core.owed:
             self._perform(act.OfferUpdate(offer=offer))
         while True:
             event = await self._inbox.get()
@@ -167,8 +185,8 @@ class Agent:
                 self.exchange.stop_pulling(COORDINATOR, blob.xfer)
             case act.StartChild():
                 self.training.begin(wish, self._group)
-            case act.StopChild(reason=reason):
-                self.training.stop(reason)
+            case act.StopChild(reason=reason, suspend=suspend):
+                self.training.stop(reason, suspend=suspend)
             case act.PauseChild(reason=reason):
                 self.training.order(child.Pause(reason=reason))
             case act.ResumeChild():
@@ -180,7 +198,7 @@ class Agent:
             case act.KillChild():
                 self._group.create_task(self.training.kill(), name="kill")
             case act.OfferUpdate(offer=offer):
-                self.exchange.sending.add(offer.blob)
+                offer = msgspec.structs.replace(offer, blob=self.exchange.offer(offer.blob))
                 for due in self.uploads.add(offer, self.clock()):
                     self._say("offer", due.offer)
             case act.ForgetUpdate(xfer=xfer):
@@ -225,42 +243,48 @@ class Agent:
         self.outgoing.say(self._topic(leaf), body)
 
     def _say_birth(self) -> None:
+        self._answers.born(self.clock())
         self.outgoing.say(self._topic("state"), self._presence(online=True), retain=True)
         self.outgoing.say(self._topic("report"), self.report, retain=True)
 
     async def _read(self) -> None:
         while True:
             match await self.bus.next():
-                case Connected(mqtt_version=version):
-                    self.connected = True
+                case Connected(mqtt_version=version, max_packet_bytes=limit_bytes):
+                    self.connected, self.exchange.max_packet_bytes = True, limit_bytes
+                    self.n_connects += 1
+                    self.credentials.taken()
                     logger.info("connected", extra={"action": "bus_up", "mqtt": version})
-                    for due in self.uploads.reset(self.clock()):
-                        self._say("offer", due.offer)
-                    self.tell(ev.BusUp())
+                    self.tell(ev.BusUp())  # says birth, and then offers the whole outbox anew
                     self._measure_uplink()
-                case Disconnected(reason):
+                case Disconnected(reason, refusal):
                     self.connected = False
+                    self._answers.gone()
                     logger.warning("no broker: %s", reason, extra={"action": "bus_down"})
                     notify(STATUS=f"no broker: {reason}")
+                    self.credentials.refused(refusal, reason)
                     self.tell(ev.BusDown(reason=reason))
                 case Received(topic, payload, _):
                     self._receive(topic, payload)
 
     def _receive(self, topic: str, payload: bytes) -> None:
-        if not payload:
-            return
+        if topic != self.topics.coordinator_state():  # so it is for this agent, the clearing of a plan included
+            self._answers.heard()
+        if not payload and topic == self.topics.down(self.config.agent, "plan"):
+            self.tell(ev.NothingPlanned())
         try:
-            match self.topics.parse(topic):
-                case ToAgent(agent=agent, leaf="d", xfer=xfer) if agent == self.config.agent:
-                    self.exchange.chunk(COORDINATOR, xfer, payload)
-                case ToAgent(agent=agent) if agent == self.config.agent:
-                    self._hear(codec.decode(payload).b)
-                case FromCoordinator(leaf="state"):
-                    self._hear(codec.decode(payload).b)
+            match intake.receive(self.topics, self.config.agent, topic, payload, self.door.open):
+                case intake.Chunk(xfer, frame):
+                    self.exchange.chunk(COORDINATOR, xfer, frame)
+                case None:
+                    pass
+                case body:
+                    self._hear(body)
         except BadMessage as error:
-            held = self._complaints(f"bad {topic}", self.clock())
+            self.refused[error.kind] += 1
+            held = self._complaints(f"bad {error.kind}", self.clock())
             if held is not None:
-                extra = {"action": "bad_message", "topic": topic, "more": held}
+                extra = {"action": "bad_message", "kind": error.kind, "topic": topic[:120], "more": held}
                 logger.warning("message ignored: %s", error, extra=extra)
 
     def _hear(self, body: Body) -> None:
@@ -274,9 +298,11 @@ class Agent:
             case CoordinatorState():
                 if body.online and not self.core.coordinator:
                     self.exchange.peer_reborn(COORDINATOR)  # the successor of a known one hears our birth
+                self._answers.coordinator(online=body.online)
                 self.tell(ev.CoordinatorSeen(session=body.session, online=body.online))
             case Grant():
-                self._pulled_since.setdefault(body.xfer, self.clock())
+                if body.xfer in self.core.outbox:
+                    self._pulled_since.setdefault(body.xfer, self.clock())
                 self.uploads.granted(body.xfer, self.clock())
                 self.exchange.granted(COORDINATOR, body)
             case Done():
@@ -307,6 +333,8 @@ class Agent:
 
     def _tick(self) -> None:
         now = self.clock()
+        if (complaint := self._answers.complaint(now)) and self._complaints("unanswered", now) is not None:
+            logger.warning("%s", complaint, extra={"action": "unanswered"})
         if self.connected:
             self.exchange.tick()
             for due in self.uploads.tick(now):
@@ -346,6 +374,7 @@ class Agent:
     async def _watch_resources(self) -> None:
         while True:
             await asyncio.sleep(self.config.report_s)
+            await asyncio.to_thread(upkeep.tidy, self.folder, self.config.keep)
             await self._report_change()
 
     async def _report_change(self) -> None:
@@ -358,9 +387,13 @@ class Agent:
         """Look often while there is something that could give way, else as often as at everything."""
         idle_until = self.clock() + self.config.report_s
         while True:
-            await asyncio.sleep(self.config.limits.yield_to.every_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.config.limits.yield_to.every_s):
+                    await self._renewed.wait()
+            is_renewed = self._renewed.is_set()
+            self._renewed.clear()
             pid = self.training.supervisor.pid
-            if self.core.work is None and pid is None and self.clock() < idle_until:
+            if self.core.work is None and pid is None and self.clock() < idle_until and not is_renewed:
                 continue
             idle_until = self.clock() + self.config.report_s
             level = self.host.verdict.level
@@ -368,6 +401,15 @@ class Agent:
             if self.host.see(sample, self.clock()).level != level:
                 self._give_way()
                 await self._report_change()
+            elif is_renewed:
+                await self._report_change()
+
+    def renew(self, config: AgentConfig) -> None:
+        """Another configuration, which differs from the present one in agent.config.LIVE alone."""
+        self.config = config
+        self.training.renew(config)
+        self.host.renew(config.limits)
+        self._renewed.set()
 
     def _give_way(self) -> None:
         level, reason = self.host.verdict
@@ -383,7 +425,7 @@ class Agent:
             self._group.create_task(self._probe(), name="probe")
 
     async def _probe(self) -> None:
-        n_bytes = min(self.config.probe_bytes, self.config.broker.chunk_bytes)
+        n_bytes = min(self.config.probe_bytes, self.config.broker.chunk_bytes, self.exchange.max_chunk_bytes)
         seconds = await uplink_seconds(self.bus, self.topics.up_chunk(self.config.agent, PROBE), n_bytes)
         if seconds is not None and self.link.up_bytes_per_s == 0:
             self.link.up(n_bytes, seconds)

@@ -54,6 +54,10 @@ class Host:
         self._quiet_since: float | None = None
         self.verdict = Verdict()
 
+    def renew(self, limits: Limits) -> None:
+        """Other limits, from the next look on."""
+        self._limits = limits
+
     def see(self, sample: Sample, now: float) -> Verdict:
         """Take in one look at `now` (seconds) and say what holds from here on.  A verdict keeps its words while it holds."""
         found = needs(sample, self._limits, is_yielding=self.verdict.level != "run")

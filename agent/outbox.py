@@ -7,6 +7,7 @@ listed is whole.  An update file alone is what a kill between the two left: with
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -23,7 +24,8 @@ class Outbox:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        with disk(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         self._paths: dict[str, Path] = {}
 
     def load(self) -> list[Offer]:
@@ -40,22 +42,30 @@ class Outbox:
                 logger.warning(
                     "outbox entry unusable", extra={"action": "outbox", "file": path.name, "error": str(error)}
                 )
-                path.rename(path.with_suffix(".broken"))
+                with suppress(OSError):
+                    path.rename(path.with_suffix(".broken"))
                 continue
             self._paths[offer.blob.xfer] = data
             offers.append(offer)
         return offers
 
     def keep(self, file: Path, offer: Offer) -> Offer:
-        """Take over a finished, durable update file; the offer comes back with the blob's digest and size filled in.  Blocking."""
+        """Take over a finished, durable update file; the offer comes back with the blob's digest and size filled in.  Blocking.
+
+        When the disk refuses, `file` is where it was and may be handed in again.
+        """
         with disk(self.folder):
             sha256, size = digest_file(file)
             blob = msgspec.structs.replace(offer.blob, sha256=sha256, size=size)
             offer = msgspec.structs.replace(offer, blob=blob)
             target = self._file(sha256)
             file.replace(target)
-            with replacing(target.with_suffix(".json")) as out:
-                out.write(msgspec.json.encode(offer))
+            try:
+                with replacing(target.with_suffix(".json")) as out:
+                    out.write(msgspec.json.encode(offer))
+            except OSError:
+                target.replace(file)
+                raise
         self._paths[blob.xfer] = target
         return offer
 
@@ -64,19 +74,34 @@ class Outbox:
         return self._paths.get(xfer)
 
     def forget(self, xfer: str) -> None:
-        """The coordinator has it, or does not want it."""
+        """The coordinator has it, or does not want it.  If the disk keeps it, it is offered again at the next start."""
         path = self._paths.pop(xfer, None)
         if path is not None:
-            path.with_suffix(".json").unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
+            try:
+                path.with_suffix(".json").unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("an update cannot be deleted: %s", error, extra={"action": "disk"})
+
+    def surplus(self, max_bytes: int) -> list[str]:
+        """Transfers of the oldest updates beyond `max_bytes` in all; never the newest."""
+        left, found = max_bytes, []
+        for index, (xfer, path) in enumerate(reversed(self._paths.items())):
+            with suppress(OSError):
+                left -= path.stat().st_size
+            if index and left < 0:
+                found.append(xfer)
+        return found[::-1]
 
     def _sweep(self) -> None:
         """Delete what a kill left half done; both files of a damaged entry stay for whoever wants to know."""
         for path in self.folder.glob("*.update"):
             if not any(path.with_suffix(suffix).exists() for suffix in (".json", ".broken")):
-                path.unlink()
+                with suppress(OSError):
+                    path.unlink()
         for path in self.folder.glob(".*.part"):
-            path.unlink()
+            with suppress(OSError):
+                path.unlink()
 
     def _file(self, sha256: str) -> Path:
         return self.folder / f"{sha256}.update"

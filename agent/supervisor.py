@@ -1,7 +1,7 @@
 """The daemon's hold on its training child (the idea is dask's nanny): whatever happens to the child, the daemon hears an event.
 
-    run(task) --> start the child if there is none --> Run --> events ... --> Finished | Failed
-    stop()        the child hands over what it has; if it does not within grace_s, it is killed
+    run(task) --> start the child if there is none --> Run --> events ... --> Finished | Suspended | Failed
+    stop()        the child hands over what it has, or keeps it; if it does not within grace_s, it is killed
     silence       longer than hang_s between two events: killed, Failed("hung")
     idle_s later  Quit: an idle agent holds neither torch nor a model; after release() at once
 
@@ -39,6 +39,7 @@ from agent.child import (
     Run,
     Shrink,
     Stop,
+    Suspended,
     TrainTask,
 )
 from protocol.errors import IllegalMove
@@ -85,10 +86,14 @@ class Supervisor:
         self._log = log
         self._process: Process | None = None
         self._patience: asyncio.Timeout | None = None  # of the running task
-        self._stopping = ""
+        self._stopping, self._suspends = "", False
         self._is_unwanted = False
         self._idle: asyncio.TimerHandle | None = None
         self._farewell: asyncio.Task[None] | None = None
+
+    def renew(self, config: ChildConfig) -> None:
+        """Another configuration, from the next child or run on."""
+        self._config = config
 
     @property
     def pid(self) -> int | None:
@@ -131,8 +136,8 @@ class Supervisor:
                 for order in orders:
                     _say(process, order)
                 if self._stopping:  # while the child was starting
-                    _say(process, Stop(reason=self._stopping))
-                while not isinstance(event := await _hear(process), Finished | Failed):
+                    _say(process, Stop(reason=self._stopping, suspend=self._suspends))
+                while not isinstance(event := await _hear(process), Ending):
                     on_event(event)
                     if not self._stopping:
                         self._be_patient(self._config.hang_s)
@@ -156,13 +161,16 @@ class Supervisor:
         except OSError as error:
             return Failed(reason="no_child", detail=f"the training process cannot be started: {error}")
 
-    def stop(self, reason: str) -> None:
-        """Ask the running task to end with what it has; without one, nothing.  Repeating changes nothing."""
+    def stop(self, reason: str, *, suspend: bool = False) -> None:
+        """Ask the running task to end with what it has; without one, nothing.  Repeating changes nothing.
+
+        `suspend` asks to keep it for the next process instead, which ends as Suspended where it can be kept.
+        """
         if self._patience is None or self._stopping:
             return
-        self._stopping = reason or "stop"
+        self._stopping, self._suspends = reason or "stop", suspend
         if self._process is not None:
-            _say(self._process, Stop(reason=self._stopping))
+            _say(self._process, Stop(reason=self._stopping, suspend=suspend))
         self._be_patient(self._config.grace_s)
 
     def tell(self, order: Pause | Resume | Shrink) -> None:
@@ -262,7 +270,13 @@ class Supervisor:
 
 def _is_last(ending: Ending) -> bool:
     """Whether the child exits after it: waiting for that keeps the next run from talking to a dying one."""
-    return ending.reason == "crashed" if isinstance(ending, Failed) else ending.stopped == SIGTERM
+    match ending:
+        case Failed(reason=reason):
+            return reason == "crashed"
+        case Finished(stopped=stopped):
+            return stopped == SIGTERM
+        case Suspended():
+            return True
 
 
 def _say(process: Process, command: Command) -> None:

@@ -4,7 +4,8 @@
     stdout  events, nothing else     whatever the libraries print goes to stderr
 
 One task at a time, in the main thread.  A Stop, a SIGTERM or the end of stdin sets a flag that the trainer hears after the
-present micro-batch; a second thread is never in torch.  A Pause holds the task between two micro-batches.
+present micro-batch; a second thread is never in torch.  A SIGTERM suspends what can be suspended: systemd sends it to the
+daemon and to its child at once.  A Pause holds the task between two micro-batches.
 
 The kernel is told to kill this process with its parent and to choose it first when memory runs out: the services of the host
 and the daemon come before training.
@@ -44,6 +45,7 @@ from agent.child import (
     Run,
     Shrink,
     Stop,
+    Suspended,
     TrainTask,
 )
 from agent.trainers import Running, Trainer, TrainingFailed
@@ -61,15 +63,15 @@ EX_SOFTWARE: Final = 70
 class Mailbox:
     """Commands from the parent.
 
-    For the running task: `why` is not empty while it should stop, `paused` while it should hold, and `is_shrinking` once it
-    was asked to shrink, until that is done.
+    For the running task: `why` is not empty while it should stop, `paused` while it should hold; `is_shrinking` and
+    `is_suspending` once it was asked to, until that is done.
     """
 
     def __init__(self, source: BinaryIO) -> None:
         self._source = source
         self._tasks: SimpleQueue[TrainTask | None] = SimpleQueue()
         self._heard: SimpleQueue[None] = SimpleQueue()  # a signal handler may put, also while its thread gets
-        self.is_shrinking = False
+        self.is_shrinking = self.is_suspending = False
         self.why = self.paused = ""
 
     def listen(self) -> None:
@@ -79,9 +81,10 @@ class Mailbox:
                 match child.decode_command(read_frame(self._source)):
                     case Run(task=task):
                         self.why = self.paused = ""  # a Stop that crossed the end of the task before
-                        self.is_shrinking = False
+                        self.is_shrinking = self.is_suspending = False
                         self._tasks.put(task)
-                    case Stop(reason=reason):
+                    case Stop(reason=reason, suspend=suspend):
+                        self.is_suspending = suspend  # before `why`, see Worker._drive
                         self.why = reason or "stop"
                     case Pause(reason=reason):
                         self.paused = reason or "paused"
@@ -100,6 +103,7 @@ class Mailbox:
 
     def finish(self, why: str) -> None:
         """Stop the running task and take no other.  Safe in a signal handler."""
+        self.is_suspending = self.is_suspending or (why == child.SIGTERM and not self.why)
         self.why = why if why == child.SIGTERM else self.why or why
         self._tasks.put(None)
         self._heard.put(None)
@@ -131,7 +135,10 @@ class Worker:
         """Run tasks until told to end."""
         self.send(Ready(pid=os.getpid()))
         while (task := self._mailbox.next()) is not None:
-            self.send(self._ending(task))
+            ending = self._ending(task)
+            self.send(ending)
+            if isinstance(ending, Suspended):
+                return
             release()
 
     def _ending(self, task: TrainTask) -> Ending:
@@ -151,11 +158,11 @@ class Worker:
         trainer = self._trainer(task)
         is_survey = task.plan.purpose == "survey"
         finished = self._drive(trainer, trainer.survey(task) if is_survey else trainer.train(task))
-        is_told = finished.stopped == "stop"
+        is_told = isinstance(finished, Finished) and finished.stopped == "stop"
         return msgspec.structs.replace(finished, stopped=self._mailbox.why) if is_told else finished
 
-    def _drive(self, trainer: Trainer, running: Running) -> Finished:
-        """Run a trainer's generator to its end: its events go up, and between them it hears of stops, pauses and shrinks."""
+    def _drive(self, trainer: Trainer, running: Running) -> Finished | Suspended:
+        """Run a trainer's generator to its end: its events go up, and between them it hears what the parent asks."""
         phase: PhaseName = "loading"
         try:
             event = next(running)
@@ -171,7 +178,16 @@ class Worker:
                 if self._mailbox.paused and not self._mailbox.why:
                     self._hold()
                     self.send(Phase(name=phase))
-                event = running.send(bool(self._mailbox.why))
+                is_stopping = bool(
+                    self._mailbox.why
+                )  # before what says how: the other way round a suspension could be missed
+                if self._mailbox.is_suspending:
+                    self._mailbox.is_suspending = False
+                    suspend = getattr(trainer, "suspend", None)  # likewise
+                    so_far = suspend() if suspend is not None else None
+                    if so_far is not None:
+                        return Suspended(so_far=so_far)
+                event = running.send(is_stopping)
         except StopIteration as end:
             finished: Finished = end.value
             return finished

@@ -44,9 +44,13 @@ class StartChild(Action, frozen=True, kw_only=True):
 
 
 class StopChild(Action, frozen=True, kw_only=True):
-    """End the child's work after the present step; it comes back as ChildFinished or ChildFailed."""
+    """End the child's work after the present step; it comes back as ChildFinished or ChildFailed.
+
+    `suspend`: keep it on disk if that can be done, for when this plan comes again.
+    """
 
     reason: str
+    suspend: bool = False
 
 
 class PauseChild(Action, frozen=True, kw_only=True):

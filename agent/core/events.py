@@ -39,6 +39,10 @@ class PlanCame(Event, frozen=True, kw_only=True):
     plan: Plan
 
 
+class NothingPlanned(Event, frozen=True, kw_only=True):
+    """The coordinator cleared the plan of this agent: it has no share."""
+
+
 class CancelCame(Event, frozen=True, kw_only=True):
     """The coordinator does not want this share any more."""
 
@@ -141,6 +145,7 @@ Happened = (
     | BusDown
     | CoordinatorSeen
     | PlanCame
+    | NothingPlanned
     | CancelCame
     | RebirthAsked
     | ModelFetched

@@ -11,62 +11,21 @@ So a trained update is never lost to the next plan, and an upload never keeps th
 relative: at stop_after_s the child is told to hand over what it has, at ttl_s the work is given up.  A plan that comes again
 (the coordinator repeats it at every birth) only moves these times.
 
+When the daemon goes down, the work is kept on disk where that can be done, and its share stays open: the plan comes again at
+the next birth, with the time that is left.  Until then nobody knows whether it comes, so what was trained lies in the outbox as
+an update too, unsaid: it is forgotten when the plan comes, and offered, late, when something else comes or nothing.
+
 One child, one run: each StartChild is answered by exactly one ChildFinished or ChildFailed, also after a kill, and nothing
 else is begun before.  A plan that comes meanwhile waits, and its time runs.
 """
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import Final
-
 from agent.core import actions as act
 from agent.core import events as ev
-from protocol.messages import Calibrated, Evaluated, ExecState, Execution, Level, Offer, Plan, Surveyed
-
-CHILD_GRACE_S: Final = 10.0
-"""A child that was told to stop gets at least this long for its present step and for writing its update."""
-
-
-class Stage(StrEnum):
-    """Where the work stands."""
-
-    FETCHING = "fetching"
-    HELD = "held"
-    RUNNING = "running"
-    STOPPING = "stopping"
-    KILLED = "killed"
-
-
-class Work:
-    """One share of one round under way."""
-
-    def __init__(self, plan: Plan, now: float) -> None:
-        self.plan = plan
-        self.key = (plan.job, plan.round, plan.attempt)
-        self.stage = Stage.FETCHING
-        self.state = ExecState.ACCEPTED
-        self.bytes_down = 0
-        self.evaluated: Evaluated | None = None
-        self.surveyed: Surveyed | None = None
-        self.calibrated: Calibrated | None = None
-        self.unwanted = ""
-        self.held = ""
-        self.model_sha256 = ""
-        self.set_times(plan, now)
-
-    def set_times(self, plan: Plan, now: float) -> None:
-        """Take over how much time is left."""
-        self.stop_at = now + plan.stop_after_s
-        self.close_at = now + max(plan.ttl_s, plan.stop_after_s + CHILD_GRACE_S)
-
-    def lost(self, state: ExecState, reason: str) -> tuple[ExecState, str]:
-        """How the work ends without all that was asked for: what was surveyed before that is true all the same."""
-        if self.unwanted:
-            return ExecState.CANCELLED, self.unwanted
-        if self.surveyed is None or self.plan.calibration is None:
-            return state, reason
-        return ExecState.DONE, "" if self.calibrated else f"not calibrated: {reason or 'nothing was measured'}"
+from agent.core.past import Past
+from agent.core.work import CHILD_GRACE_S, SUSPENDED, Stage, Work
+from protocol.messages import ExecState, Execution, Level, Offer, Plan
 
 
 class Session:
@@ -76,6 +35,7 @@ class Session:
         self.methods = methods
         self.max_global_rank = max_global_rank
         self.outbox: dict[str, Offer] = {o.blob.xfer: o for o in outbox}
+        self.suspended = {o.blob.xfer for o in outbox if o.stopped == SUSPENDED}
         self.work: Work | None = None
         self.waiting: Plan | None = None
         self.stopping = False
@@ -83,6 +43,7 @@ class Session:
         self.host: ev.Level = "run"
         self.host_reason = ""
         self._waiting_since = 0.0
+        self.past = Past()
         self._serial = 0
         self._now = 0.0
         self._out: list[act.Wish] = []
@@ -101,6 +62,8 @@ class Session:
                 self._coordinator_seen(event)
             case ev.PlanCame():
                 self._plan_came(event.plan)
+            case ev.NothingPlanned():
+                self._settle_suspended(None)
             case ev.CancelCame():
                 self._cancel(event)
             case ev.ModelFetched() | ev.ModelLost():
@@ -120,7 +83,7 @@ class Session:
                 self._host_spoke(event)
             case ev.StopAsked():
                 self.stopping, self.waiting = True, None
-                self._stop_work(event.reason, discard=False)
+                self._leave(event.reason)
             case ev.BusDown() | ev.Tick():
                 pass
         self._due()
@@ -132,6 +95,11 @@ class Session:
         if self.work is None or self.work.stage is Stage.KILLED:
             return None
         return self.work.close_at if self.work.stage is Stage.STOPPING else self.work.stop_at
+
+    @property
+    def owed(self) -> list[Offer]:
+        """Updates to be offered: all of the outbox but those whose training may go on."""
+        return [offer for xfer, offer in self.outbox.items() if xfer not in self.suspended]
 
     @property
     def wanted_model(self) -> str:
@@ -154,11 +122,12 @@ class Session:
             self._out.append(act.SayBirth())
         if self.work:
             self._say(self.work.state, self.work.held)
-        self._out.extend(act.OfferUpdate(offer=offer) for offer in self.outbox.values())
+        self._out.extend(act.OfferUpdate(offer=offer) for offer in self.owed)
 
     def _coordinator_seen(self, event: ev.CoordinatorSeen) -> None:
         if event.online and event.session != self.coordinator:
             known, self.coordinator = self.coordinator, event.session
+            self.past.forget()
             self._restate(birth=bool(known))  # of the first one it is not known what it heard of the words at BusUp
 
     def _say(self, state: ExecState, reason: str = "", plan: Plan | Offer | None = None) -> None:
@@ -184,10 +153,17 @@ class Session:
     def _plan_came(self, plan: Plan) -> None:
         if self.stopping:
             return  # it is given again at the next birth
+        if self.past.is_stale(plan):
+            return
+        self._settle_suspended(plan)
         if self._is_at_work_on(plan):
             assert self.work is not None
             self.work.set_times(plan, self._now)
             self._say(self.work.state, self.work.held)
+            if self.work.stage is Stage.FETCHING and plan.model and plan.model != self.work.plan.model:
+                self.work.plan = plan  # its model now comes in chunks of another size
+                level = self._level(plan)
+                self._out.append(act.FetchModel(blob=plan.model, size=level.size, sha256=level.sha256))
             return
         if any((o.job, o.round) == (plan.job, plan.round) for o in self.outbox.values()):
             self._restate(birth=False)
@@ -202,6 +178,17 @@ class Session:
             self._stop_work("superseded by a newer plan", discard=True)
             return
         self._begin(plan, self._now)
+
+    def _settle_suspended(self, plan: Plan | None) -> None:
+        """A training that was suspended goes on with its plan; with another, or none, what it brought so far is offered."""
+        for xfer in sorted(self.suspended):
+            offer = self.outbox[xfer]
+            if plan and (plan.job, plan.round) == (offer.job, offer.round) and plan.stop_after_s > 0:
+                del self.outbox[xfer]
+                self._out.append(act.ForgetUpdate(xfer=xfer))
+            else:
+                self._out.append(act.OfferUpdate(offer=offer))
+        self.suspended = set()
 
     def _is_at_work_on(self, plan: Plan) -> bool:
         work = self.work
@@ -286,6 +273,8 @@ class Session:
             if event.update is not None:
                 self._out.append(act.ForgetUpdate(xfer=event.update.blob.xfer))
             self._end(ExecState.CANCELLED, work.unwanted)
+        elif event.update is not None and event.update.stopped == SUSPENDED:
+            self.work = None  # the outbox on disk has it, for the next start
         elif event.update is not None:
             self.outbox[event.update.blob.xfer] = event.update
             self._out.append(act.OfferUpdate(offer=event.update))
@@ -340,11 +329,24 @@ class Session:
     # --------------------------------------------------------------------------------------------------------- ends
 
     def _end(self, state: ExecState, reason: str) -> None:
-        """The work is over here: say how, unless its end was said when its child was killed, and begin what waits."""
+        """The work is over here: say how, unless it was said when its child was killed or the share stays open, and begin what waits."""
         assert self.work is not None
-        if self.work.stage is not Stage.KILLED:
+        is_kept = (
+            self.stopping and not self.work.unwanted and (reason or state in {ExecState.FAILED, ExecState.TIMED_OUT})
+        )
+        if self.work.stage is not Stage.KILLED and not is_kept:
             self._say(state, reason)
         self._next()
+
+    def _leave(self, reason: str) -> None:
+        """Go down with the share open: what is fetched stays, what runs is kept if it can be, and nothing is said of it."""
+        work = self.work
+        if work and work.stage in {Stage.FETCHING, Stage.HELD}:
+            self.work = None
+        elif work and work.stage is Stage.RUNNING:
+            work.stage = Stage.STOPPING
+            work.close_at = max(work.close_at, self._now + CHILD_GRACE_S)
+            self._out.append(act.StopChild(reason=reason, suspend=True))
 
     def _next(self) -> None:
         self.work = None
@@ -394,6 +396,7 @@ class Session:
 
     def _settled(self, xfer: str, state: ExecState, reason: str) -> None:
         offer = self.outbox.pop(xfer, None)
+        self.suspended.discard(xfer)
         self._out.append(act.ForgetUpdate(xfer=xfer))
         if offer is not None:
             self._say(state, reason, offer)

@@ -7,7 +7,8 @@ A trainer is a generator: it says what happens as it happens, and after each mic
     while True:
         event = running.send(stop)        # stop = True, from then on: finish with what there is; StopIteration has Finished
 
-Between two events the trainer may be paused for any time, and asked to `shrink`: hold less memory from then on.
+Between two events the trainer may be paused for any time, and asked to `shrink`: hold less memory from then on; or to
+`suspend`: keep all that the next process needs to go on.  Neither is a must: a trainer without `suspend` is told to stop.
 
 The kind of update that it `produces` must be one that the job's aggregator accepts.  The registry is a closed `match`: a name
 that came over the wire finds a built-in trainer or an entry point that this agent's own configuration allows, nothing else.
@@ -19,13 +20,13 @@ from __future__ import annotations
 from collections.abc import Collection, Generator
 from typing import Final, Protocol
 
-from agent.child import Calibrated, Evaluated, Failed, Finished, Phase, Stepped, Surveyed, TrainTask
+from agent.child import Calibrated, Evaluated, Failed, Finished, Phase, Resumed, Stepped, Surveyed, TrainTask
 from protocol import plugins
 from protocol.errors import BadConfig
 
 BUILT_IN: Final = ("qlora", "continued", "frozen-a", "fresh")
 
-Happening = Phase | Stepped | Evaluated | Surveyed | Calibrated
+Happening = Phase | Resumed | Stepped | Evaluated | Surveyed | Calibrated
 Running = Generator[Happening, bool, Finished]
 
 
@@ -47,12 +48,21 @@ class Trainer(Protocol):
     def train(self, task: TrainTask) -> Running:
         """Evaluate the received version if the plan says so, then train and write the update to task.out_file.
 
-        A plan of purpose "evaluate" ends after its evaluation.  Raises OutsideFault or TrainingFailed.
+        A plan of purpose "evaluate" ends after its evaluation.  If task.checkpoint is one of this very training, it goes on from
+        there (Resumed); it is written every task.checkpoint_s.  Raises OutsideFault or TrainingFailed.
         """
         ...
 
     def shrink(self) -> None:
         """Halve the micro-batches of the run under way from the next one on, with as many samples per step as before."""
+        ...
+
+    def suspend(self) -> Finished | None:
+        """Write task.checkpoint as of the last whole step, and the update that a stop would have brought.
+
+        Called between two events; the generator is closed afterwards.  None if there is nothing to keep yet or the disk refuses:
+        then it is told to stop.
+        """
         ...
 
 

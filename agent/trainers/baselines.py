@@ -16,10 +16,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import msgspec
-
-from agent.child import TrainTask
-from agent.trainers import Running
 from agent.trainers.lora import Start
 from agent.trainers.qlora import QLora
 from protocol.messages import Plan
@@ -36,17 +32,6 @@ class Continued(QLora):
     def adapter_seed(plan: Plan) -> int:
         """The job's seed: what the global adapter has no components for starts alike on all agents and in all rounds."""
         return plan.data_seed
-
-    def train(self, task: TrainTask) -> Running:
-        """One share of a round; the received version is measured whole, not in the components that this agent continues."""
-        plan = task.plan
-        if plan.purpose == "train" and plan.evaluate is not None:
-            only = msgspec.structs.replace(plan, purpose="evaluate")
-            measured = yield from super().train(msgspec.structs.replace(task, plan=only))
-            if measured.stopped:
-                return measured
-            task = msgspec.structs.replace(task, plan=msgspec.structs.replace(plan, evaluate=None))
-        return (yield from super().train(task))
 
 
 class FrozenA(Continued):

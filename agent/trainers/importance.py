@@ -309,6 +309,15 @@ class Sensitivity:
                 mean.lerp_(now, 1 - SMOOTHING)
                 uncertainty.lerp_((now - mean).abs(), 1 - SMOOTHING)
 
+    def state(self) -> list[torch.Tensor]:
+        """All moving averages; [] before the first observation."""
+        return [average for parts in self._smooth for pair in parts for average in pair]
+
+    def restore(self, state: Sequence[torch.Tensor]) -> None:
+        """Go on from the `state` of a Sensitivity of the same weights."""
+        pairs = list(zip(state[::2], state[1::2], strict=True))
+        self._smooth = [pairs[at : at + 3] for at in range(0, len(pairs), 3)]
+
     def scores(self) -> dict[str, list[float]]:
         """Scores of the triplets by matrix, descending; {} before the first observation."""
         found: dict[str, list[float]] = {}

@@ -7,6 +7,9 @@ Every yield reports one finished micro-batch and hears whether to stop.  On a st
 are re-scaled to the tokens they saw and applied: nothing that was computed is thrown away and the sample count stays true.
 A yield may take long, when the host needs the device; its time is not counted.  Micro-batches may shrink at any time: a drawn
 one is then split, so the same step is made of the same samples in more pieces.
+
+A run may begin at a Point that an earlier one reached.  With the weights, the optimizer and the random generators of that
+point (agent/trainers/resuming.py) it is then, bit for bit on a CPU, the rest of the run that was interrupted.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from agent.batches import Batch, token_losses
+from agent.checkpoints import ORIGIN, Point
 from agent.child import Stepped
 from agent.trainers import TrainingFailed
 from protocol.messages import Training
@@ -53,6 +57,11 @@ def learning_rate(training: Training, step: int) -> float:
     return training.learning_rate * min(1.0, (step + 1) / max(1, training.warmup_steps))
 
 
+def adamw(parameters: Sequence[torch.nn.Parameter], training: Training) -> torch.optim.Optimizer:
+    """What moves the parameters; `fit` sets the rate of every step."""
+    return torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+
+
 def fit(
     model: Any,
     batches: Iterator[Batch],
@@ -62,39 +71,44 @@ def fit(
     micro_batch: MicroBatch,
     after_forward: Callable[[], None],
     before_step: Callable[[int], None] = lambda _: None,
+    after_step: Callable[[Point], None] = lambda _: None,
+    optimizer: torch.optim.Optimizer | None = None,
+    start: Point = ORIGIN,
 ) -> Generator[Stepped, bool, Fit]:
-    """Train `parameters` for training.n_steps optimizer steps.
+    """Train `parameters` until training.n_steps optimizer steps are made.
 
     Args:
         model: called with input_ids; only `parameters` may require gradients.
-        batches: endless micro-batches.
+        batches: endless micro-batches; the first is that of the step after `start`.
         parameters: what the optimizer moves.
         training: the plan's numbers.
         micro_batch: larger ones are split.
         after_forward: called when activations are at their peak, to measure.
         before_step: called with the number of the step, from 0, when its gradients are complete and not yet clipped.
+        after_step: called with the point that a step reached, before anything else happens; its time is not counted.
+        optimizer: from `adamw`, with the state of an earlier run; a fresh one if there is none.
+        start: where that run was.
 
     Raises TrainingFailed as soon as a loss or a gradient is not finite.
     """
     model.train()
-    optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+    optimizer = optimizer or adamw(parameters, training)
     started = time.monotonic()
-    away = 0.0  # seconds that yields took
-    samples = tokens = 0
-    losses: list[float] = []  # one per step
+    away = -start.seconds  # seconds that yields took, less those of the run before
+    steps, samples, tokens, loss_sum, _ = start
 
     def stepped(loss: float) -> Stepped:
         return Stepped(
-            step=len(losses), n_steps=training.n_steps, samples=samples, loss=loss, tokens=tokens, seconds=worked()
+            step=steps, n_steps=training.n_steps, samples=samples, loss=loss, tokens=tokens, seconds=worked()
         )
 
     def worked() -> float:
         return time.monotonic() - started - away
 
     is_stopping, seen, planned = False, 0, 0
-    while len(losses) < training.n_steps and not is_stopping:
+    while steps < training.n_steps and not is_stopping:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(training, len(losses))
+            group["lr"] = learning_rate(training, steps)
         micro_batches = deque(islice(batches, training.accumulation))
         planned = max(1, sum(batch.n_targets for batch in micro_batches))
         seen, total = 0, 0.0
@@ -108,7 +122,7 @@ def fit(
             torch.autograd.backward(loss / planned)
             total += loss.item()  # waits for the device: a stop never finds more than one micro-batch in flight
             if not math.isfinite(total):
-                raise TrainingFailed("loss is not finite", f"in step {len(losses) + 1}")
+                raise TrainingFailed("loss is not finite", f"in step {steps + 1}")
             seen += batch.n_targets
             samples, tokens = samples + batch.n_samples, tokens + batch.n_targets
             if not micro_batches:
@@ -118,15 +132,17 @@ def fit(
             away += time.monotonic() - asked_at
             if is_stopping:
                 break
-        before_step(len(losses))
+        before_step(steps)
         _step(optimizer, parameters, training.max_gradient_norm, rescale=planned / max(1, seen))
-        losses.append(total / max(1, seen))
+        steps, mean = steps + 1, total / max(1, seen)
+        loss_sum += mean
         asked_at = time.monotonic()
-        is_stopping = (yield stepped(losses[-1])) or is_stopping
+        after_step(Point(steps, samples, tokens, loss_sum, worked()))
+        is_stopping = (yield stepped(mean)) or is_stopping
         away += time.monotonic() - asked_at
-    mean = sum(losses) / len(losses) if losses else None
-    is_early = len(losses) < training.n_steps or max(1, seen) < planned
-    return Fit(len(losses), samples, tokens, mean, worked(), is_early)
+    done = Point(steps, samples, tokens, loss_sum, worked())
+    is_early = steps < training.n_steps or max(1, seen) < planned
+    return Fit(steps, samples, tokens, done.loss, done.seconds, is_early)
 
 
 def _step(

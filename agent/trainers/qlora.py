@@ -13,8 +13,10 @@ import contextlib
 import gc
 import hashlib
 import importlib
+import logging
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -24,25 +26,32 @@ from agent import calibrations, loading
 from agent.bases import base_digest
 from agent.batches import endless
 from agent.calibrations import Calibrations
-from agent.child import Calibrated, Evaluated, Finished, Phase, Stepped, Surveyed, TrainTask
+from agent.checkpoints import ORIGIN, Point, Stored
+from agent.child import Calibrated, Evaluated, Finished, Phase, Resumed, Stepped, Surveyed, TrainTask
 from agent.data import split
 from agent.data.split import Split
 from agent.evaluation import evaluate
 from agent.loading import Loaded
-from agent.trainers import Running, TrainingFailed, calibration, importance
+from agent.trainers import Running, TrainingFailed, calibration, importance, resuming
 from agent.trainers.benchmark import checkpointed, give_back
 from agent.trainers.bound import bound
 from agent.trainers.importance import Sensitivity
-from agent.trainers.loop import Fit, MicroBatch, fit
+from agent.trainers.insisting import insisting
+from agent.trainers.loop import Fit, MicroBatch, adamw, fit
 from agent.trainers.lora import Adapted, Start, adapted
 from agent.trainers.meter import Meter, out_of_memory_named
+from agent.trainers.resuming import Keeper
 from protocol import messages
 from protocol.adapters import Adapter
-from protocol.errors import BadMessage
+from protocol.errors import BadMessage, BadUpdate
 from protocol.messages import Bits, Calibration, Plan, Training
 from protocol.models import read_model
 from protocol.updates import Kind, write_update
 
+logger = logging.getLogger(__name__)
+
+MAX_STEP_SAMPLES: Final = 2**16
+"""The micro-batches of a step are drawn before it is made: as text they must fit into memory."""
 N_SCORES: Final = 8
 """Triplets of a matrix whose importance is told: further ones follow from the decay of these."""
 
@@ -57,6 +66,7 @@ class QLora:
         self._key: tuple[str, ...] = ()
         self._loaded: Loaded | None = None
         self._micro_batch = MicroBatch(1)
+        self._suspend: Callable[[], Finished | None] = _nothing
 
     def survey(self, task: TrainTask) -> Running:
         """The base's digest and matrices and the size of the data, without loading weights; then the calibration."""
@@ -110,42 +120,53 @@ class QLora:
 
     def train(self, task: TrainTask) -> Running:
         """One share of a round; see agent.trainers.Trainer."""
-        plan = task.plan
+        plan, began_at = task.plan, time.monotonic()
         if plan.purpose == "train" and (plan.train is None or not plan.ranks):
             raise BadMessage("a plan to train needs `train` and at least one matrix in `ranks`")
-        training = plan.train or Training(n_steps=1)
-        self._micro_batch = MicroBatch(training.batch)
+        if plan.train and plan.train.batch * plan.train.accumulation > MAX_STEP_SAMPLES:
+            raise BadMessage(f"a plan to train on more than {MAX_STEP_SAMPLES} samples in one step")
+        self._micro_batch = MicroBatch(plan.train.batch if plan.train else 1)
         if (yield Phase(name="loading")):
             return Finished(stopped="stop")
         parts = _read(task)
         frozen = _received(task)
-        ranks = plan.ranks if plan.purpose == "train" else {}
         meter = Meter(plan.predicted_bytes)
         with out_of_memory_named(meter):
             base = self._base(task)
             meter.watch(base.device)
-            seed = self.adapter_seed(plan)
-            with adapted(base.model, frozen, ranks, plan.alpha, seed, start=self.start) as model:
-                if plan.evaluate is not None and not (yield from _evaluate(base, model, plan, parts)):
+            place = resuming.place(task, self._key[1], parts.train, base.device, began_at)
+            stored = place.find() if plan.purpose == "train" else None
+            evaluated = stored.header.evaluated if stored else None
+            if evaluated is not None:
+                yield Evaluated(result=evaluated)
+            elif stored is None and plan.evaluate is not None:
+                with adapted(base.model, frozen, {}, plan.alpha, seed=0) as model:
+                    is_stopping, evaluated = yield from _evaluate(base, model, plan, parts)
+                if is_stopping:
                     return Finished(stopped="stop")
-                if plan.purpose != "train":
-                    return Finished()
-                if (yield Phase(name="training")):
-                    return Finished(stopped="stop")
-                batches = endless(parts.train, base.tokenizer, training, draw_seed(plan, "order"))
-                with checkpointed(base.model, is_on=training.checkpointing):
-                    torch.manual_seed(draw_seed(plan, "dropout"))
-                    sensitivity = Sensitivity(importance.weights_of(model.model, ranks))
-                    done = yield from fit(
-                        model.model,
-                        batches,
-                        model.parameters,
-                        training,
-                        micro_batch=self._micro_batch,
-                        after_forward=meter.see,
-                        before_step=lambda step: _observe(sensitivity, step, training.n_steps),
-                    )
-                return _written(task, model, done, meter, self.produces, sensitivity)
+            if plan.train is None or plan.purpose != "train":
+                return Finished()
+            if (yield Phase(name="training")):
+                return Finished(stopped="stop")
+            start_seed = self.adapter_seed(plan)
+            with adapted(base.model, frozen, plan.ranks, plan.alpha, start_seed, start=self.start) as model:
+                scores = Sensitivity(importance.weights_of(model.model, plan.ranks))
+                keeper = Keeper(place, model.parameters, adamw(model.parameters, plan.train), scores, evaluated)
+                self._suspend = lambda: _suspended(task, model, keeper, meter, self.produces)
+                try:
+                    with checkpointed(base.model, is_on=plan.train.checkpointing):
+                        micro_batch = self._micro_batch
+                        done = yield from _fit(plan, plan.train, base, model, parts, stored, keeper, meter, micro_batch)
+                finally:
+                    self._suspend = _nothing
+                if done.steps:
+                    written = partial(_write, task, model, self.produces, scores)
+                    yield from insisting(written, is_stopping=done.is_stopped)
+                return _finished(task, done, meter)
+
+    def suspend(self) -> Finished | None:
+        """See agent.trainers.Trainer."""
+        return self._suspend()
 
     @staticmethod
     def adapter_seed(plan: Plan) -> int:
@@ -204,20 +225,19 @@ def draw_seed(plan: Plan, purpose: str) -> int:
 
 def _evaluate(
     base: Loaded, model: Adapted, plan: Plan, parts: Split
-) -> Generator[Phase | Stepped | Evaluated, bool, bool]:
-    """Score the received version; whether to go on.  The local adapter is zero, so it does not matter that it is on."""
+) -> Generator[Phase | Stepped | Evaluated, bool, tuple[bool, messages.Evaluated | None]]:
+    """Score the received version, whole and alone; whether to stop, and the score."""
     assert plan.evaluate is not None
     yield Phase(name="evaluating")
-    training = plan.train or Training(n_steps=1)
     running = evaluate(
         model.model,
         base.tokenizer,
         parts.held_out,
         plan.evaluate,
-        batch=training.batch,
+        batch=plan.train.batch if plan.train else 8,
         max_tokens=plan.evaluate.max_tokens,
     )
-    is_stopping = False
+    is_stopping, evaluated = False, None
     while True:
         try:
             stepped = running.send(is_stopping) if is_stopping else next(running)
@@ -226,8 +246,43 @@ def _evaluate(
             break
         is_stopping = yield stepped
     if score.n_tokens and not is_stopping:
-        yield Evaluated(result=messages.Evaluated(version=plan.version, **score._asdict()))
-    return not is_stopping
+        evaluated = messages.Evaluated(version=plan.version, **score._asdict())
+        yield Evaluated(result=evaluated)
+    return is_stopping, evaluated
+
+
+def _fit(
+    plan: Plan,
+    training: Training,
+    base: Loaded,
+    model: Adapted,
+    parts: Split,
+    stored: Stored | None,
+    keeper: Keeper,
+    meter: Meter,
+    micro_batch: MicroBatch,
+) -> Generator[Resumed | Stepped, bool, Fit]:
+    """Train, from the stored point on if there is one."""
+    torch.manual_seed(draw_seed(plan, "dropout"))
+    start = keeper.resume(stored) if stored else ORIGIN
+    if stored is None:
+        keeper.note(ORIGIN)  # after a long evaluation that is worth keeping too
+    if stored and (yield Resumed(step=start.steps, n_steps=training.n_steps)):
+        return _fitted(start)
+    return (
+        yield from fit(
+            model.model,
+            endless(parts.train, base.tokenizer, training, draw_seed(plan, "order"), skip=start.samples),
+            model.parameters,
+            training,
+            micro_batch=micro_batch,
+            after_forward=meter.see,
+            before_step=lambda step: _observe(keeper.sensitivity, step, training.n_steps),
+            after_step=keeper.note,
+            optimizer=keeper.optimizer,
+            start=start,
+        )
+    )
 
 
 def _observe(sensitivity: Sensitivity, step: int, n_steps: int) -> None:
@@ -235,21 +290,21 @@ def _observe(sensitivity: Sensitivity, step: int, n_steps: int) -> None:
         sensitivity.observe()
 
 
-def _written(
-    task: TrainTask, model: Adapted, done: Fit, meter: Meter, kind: Kind, sensitivity: Sensitivity
-) -> Finished:
+def _write(task: TrainTask, model: Adapted, kind: Kind, sensitivity: Sensitivity) -> None:
     plan = task.plan
-    if done.steps:
-        write_update(
-            Path(task.out_file),
-            model.local(),
-            job=plan.job,
-            round=plan.round,
-            attempt=plan.attempt,
-            dtype=plan.update_dtype,
-            kind=kind,
-            scores={name: found[:N_SCORES] for name, found in sensitivity.scores().items()},
-        )
+    write_update(
+        Path(task.out_file),
+        model.local(),
+        job=plan.job,
+        round=plan.round,
+        attempt=plan.attempt,
+        dtype=plan.update_dtype,
+        kind=kind,
+        scores={name: found[:N_SCORES] for name, found in sensitivity.scores().items()},
+    )
+
+
+def _finished(task: TrainTask, done: Fit, meter: Meter) -> Finished:
     return Finished(
         file=task.out_file if done.steps else "",
         samples=done.samples,
@@ -261,3 +316,25 @@ def _written(
         peak_bytes=meter.peak_bytes,
         predicted_bytes=meter.predicted_bytes,
     )
+
+
+def _nothing() -> None:
+    """What a trainer that does not train has to suspend."""
+
+
+def _suspended(task: TrainTask, model: Adapted, keeper: Keeper, meter: Meter, kind: Kind) -> Finished | None:
+    """Keep the training, and beside it what it brought so far: nobody knows yet whether it will go on."""
+    if not keeper.write():
+        return None
+    done = _fitted(keeper.point)
+    try:
+        if done.steps:
+            _write(task, model, kind, keeper.sensitivity)
+        return _finished(task, done, meter)
+    except (OSError, BadUpdate) as error:
+        logger.warning("only the checkpoint is kept: %s", error, extra={"action": "disk"})
+        return Finished()
+
+
+def _fitted(point: Point) -> Fit:
+    return Fit(point.steps, point.samples, point.tokens, point.loss, point.seconds, is_stopped=True)

@@ -24,6 +24,7 @@ import pytest
 
 from agent.bases import BasesConfig
 from agent.config import AgentConfig
+from agent.core.work import SUSPENDED
 from agent.daemon import Agent
 from agent.data import DataConfig
 from agent.host import Host
@@ -65,6 +66,7 @@ topics = Topics("main")
 
 PLUG_IN = """
 from pathlib import Path
+from agent import checkpoints
 from agent.child import Calibrated, Evaluated, Finished, Phase, Stepped, Surveyed
 from protocol import messages
 from protocol.methods import Method
@@ -83,17 +85,29 @@ class Plugged:
 
     def train(self, task):
         plan = task.plan
+        self.task, self.step = task, 0
         if task.model_file:
             loss = float(Path(task.model_file).stat().st_size)
             yield Evaluated(result=messages.Evaluated(version=plan.version, n_samples=1, n_tokens=1, loss=loss))
         yield Phase(name="training")
-        step, stop = 0, False
+        stored = checkpoints.find(Path(task.checkpoint), "k")
+        step, stop = stored.header.point.steps if stored else 0, False
         while not stop and step < plan.train.n_steps:
-            step += 1
+            self.step = step = step + 1
             stop = yield Stepped(step=step, n_steps=plan.train.n_steps, samples=step, loss=1.0, tokens=1, seconds=0.1)
         Path(task.out_file).write_bytes(b"update" * 1000 + b"%d" % plan.round)
         why = "stop" if stop else ""
         return Finished(file=task.out_file, samples=step, steps=step, stopped=why, peak_bytes=7)
+
+    def suspend(self):
+        plan = self.task.plan
+        if plan.job != "kept":
+            return None
+        point = checkpoints.Point(self.step, self.step)
+        header = checkpoints.Header(key="k", job=plan.job, round=plan.round, point=point)
+        checkpoints.write(Path(self.task.checkpoint), header, [])
+        Path(self.task.out_file).write_bytes(b"so far")
+        return Finished(file=self.task.out_file, samples=self.step, steps=self.step)
 """
 
 
@@ -403,6 +417,46 @@ async def test_a_stop_hands_over_and_says_goodbye(stage: Stage, cloud: Cloud, wh
     assert (await cloud.hears(Presence, online=False)).reason == "stopping"
     (owed,) = stage.agent.outbox.load() if when == "training" else [None]
     assert owed is None or owed.stopped == "the agent is stopping"
+    assert stage.agent.training.supervisor.pid is None
+
+
+async def stopped_in_training(stage: Stage, cloud: Cloud) -> int:
+    """After how many samples the agent was stopped, with all of them kept."""
+    await stage.start()
+    cloud.give(a_plan(job="kept", n_steps=10**7))
+    await cloud.hears_of("TRAINING")
+    await cloud.hears(Progress, phase="training")
+    cloud.heard.clear()
+    await stage.stop()
+    assert (await cloud.hears(Presence, online=False)).reason == "stopping"
+    assert not any(isinstance(body, Execution | Offer) for body in cloud.heard), "its share stays open"
+    (kept,) = stage.agent.outbox.load()
+    assert kept.stopped == SUSPENDED
+    return kept.samples
+
+
+async def test_a_stop_keeps_the_share_open_and_the_next_start_goes_on(stage: Stage, cloud: Cloud) -> None:
+    samples = await stopped_in_training(stage, cloud)
+    await stage.start()
+    await cloud.hears_of("ACCEPTED", "TRAINING")
+    cloud.give(a_plan(job="kept", stop_after_s=0.0))
+    offer = await cloud.hears(Offer)
+    assert offer.stopped == "deadline"
+    assert offer.samples > samples
+    await cloud.hears_of("DONE")
+    assert len(cloud.updates) == 1, "what it had at the stop was not handed in beside it"
+
+
+async def test_what_was_suspended_is_handed_in_late_when_its_round_is_over(stage: Stage, cloud: Cloud) -> None:
+    samples = await stopped_in_training(stage, cloud)
+    stage.broker.route(topics.down("a1", "plan"), b"", retain=True)
+    await stage.start()
+    await cloud.hears(Presence, online=True)
+    cloud.outgoing.clear(topics.down("a1", "plan"))  # what the coordinator answers to a birth without a share
+    offer = await cloud.hears(Offer)
+    assert (offer.stopped, offer.samples) == (SUSPENDED, samples)
+    assert (await cloud.hears_of("DONE")).job == "kept"
+    assert list(cloud.updates.values()) == [b"so far"]
     assert stage.agent.training.supervisor.pid is None
 
 

@@ -286,6 +286,7 @@ def test_what_cannot_be_trained_is_a_named_fault(make_task: MakeTask, tmp_path: 
     for changes, fault, text in [
         ({"ranks": {}}, BadMessage, "at least one matrix"),
         ({"train": None}, BadMessage, "needs `train`"),
+        ({"batch": 4096, "accumulation": 4096}, BadMessage, "samples in one step"),
         ({"ranks": {"model.layers.9.mlp.up_proj": 4}}, BadMessage, "does not have"),
         ({"data": DataConfig(path=str(tmp_path / "gone"))}, BadConfig, "does not exist"),
         ({"base_folder": str(tmp_path / "gone")}, BadConfig, "no model folder"),

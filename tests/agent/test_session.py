@@ -10,7 +10,8 @@ import pytest
 
 from agent.core import actions as act
 from agent.core import events as ev
-from agent.core.session import CHILD_GRACE_S, Session
+from agent.core.session import Session
+from agent.core.work import CHILD_GRACE_S, SUSPENDED
 from protocol.messages import (
     Base,
     Blob,
@@ -296,6 +297,15 @@ def test_the_same_plan_again_only_moves_the_times() -> None:
     assert play.session.wake_at == T0 + 125.0, "it is stopping already, but it has longer for that"
 
 
+def test_the_same_plan_with_its_model_in_smaller_chunks_is_fetched_so() -> None:
+    """The broker came back with a smaller limit: what is asked for by the old numbers would never fit."""
+    smaller = msgspec.structs.replace(MODEL, chunk=MODEL.chunk // 2)
+    play = Play().plan(round=2, version=1, model=MODEL)
+    play.plan(round=2, version=1, model=MODEL).brings(act.Say)
+    play.plan(round=2, version=1, model=smaller).brings(act.Say, act.FetchModel).wish(act.FetchModel, blob=smaller)
+    play.fetched(MODEL.levels[4].sha256).wish(act.StartChild)
+
+
 def test_the_same_plan_with_no_time_left_stops_the_work() -> None:
     Play().plan().at(60.0).plan(stop_after_s=0.0, ttl_s=9.0).brings(act.Say, act.StopChild)
 
@@ -492,7 +502,7 @@ def test_the_child_says_nothing_about_work_that_is_over() -> None:
 def test_a_stop_hands_over_what_there_is_and_takes_nothing_new() -> None:
     update = an_offer(a_plan(), samples=2)
     play = Play().plan().began("training").feed(ev.StopAsked(reason="the agent is stopping"))
-    play.brings(act.StopChild).wish(act.StopChild, reason="the agent is stopping")
+    play.brings(act.StopChild).wish(act.StopChild, reason="the agent is stopping", suspend=True)
     play.plan(round=2).brings()
     play.finished(update, stopped="the agent is stopping").brings(act.OfferUpdate, act.Say)
     play.plan(round=2).brings()
@@ -505,9 +515,89 @@ def test_a_stop_forgets_a_waiting_plan() -> None:
     play.idle()
 
 
-def test_a_stop_while_fetching_ends_at_once() -> None:
-    Play().plan(model=MODEL).feed(ev.StopAsked(reason="the agent is stopping")).brings(act.DropModel, act.Say).idle()
+def test_a_stop_leaves_the_share_open_for_the_next_start() -> None:
+    Play().plan(model=MODEL).feed(ev.StopAsked(reason="the agent is stopping")).brings().idle()
+    Play().feed(host("pause", "a service")).plan().feed(ev.StopAsked(reason="the agent is stopping")).brings().idle()
     Play().feed(ev.StopAsked(reason="the agent is stopping")).brings().idle()
+    for end in (ev.ChildFailed(reason="suspended"), ev.ChildFailed(reason="stopped before it began")):
+        play = Play().plan().began("training").feed(ev.StopAsked(reason="the agent is stopping"))
+        play.feed(end).brings().idle()
+    asked = {"round": 0, "purpose": "survey", "train": None}
+    play = Play().plan(**asked, calibration=Calibration()).began("loading").feed(ev.ChildSurveyed(result=SURVEYED))
+    play.feed(ev.StopAsked(reason="the agent is stopping")).finished(stopped="the agent is stopping").brings().idle()
+    play = Play().plan(**asked).began("loading").feed(ev.ChildSurveyed(result=SURVEYED))
+    play.feed(ev.StopAsked(reason="the agent is stopping")).finished().says(ExecState.DONE, surveyed=SURVEYED).idle()
+
+
+def test_a_stop_changes_nothing_of_a_deadline_that_was_there_first() -> None:
+    update = an_offer(a_plan(), samples=2)
+    play = Play().plan().began("training").tick().wish(act.StopChild, reason="deadline", suspend=False)
+    play = Play().plan().began("training").tick().feed(ev.StopAsked(reason="the agent is stopping")).brings()
+    play.finished(update, stopped="deadline").says(ExecState.UPLOADING).idle()
+
+
+def a_suspended(**changes: Any) -> Offer:
+    return msgspec.structs.replace(an_offer(a_plan(**changes), samples=2), stopped=SUSPENDED)
+
+
+def test_what_a_stop_suspends_is_owed_and_not_said() -> None:
+    update = a_suspended()
+    play = Play().plan().began("training").feed(ev.StopAsked(reason="the agent is stopping"))
+    play.finished(update, stopped=SUSPENDED).brings().idle()
+    again = Play(update)
+    again.feed(ev.BusUp()).brings(act.SayBirth)
+    again.feed(ev.CoordinatorSeen(session="a" * 16, online=True)).brings()
+    again.plan().brings(act.ForgetUpdate, act.Say, act.StartChild).wish(act.ForgetUpdate, xfer=update.blob.xfer)
+    assert again.session.outbox == {}
+
+
+def test_what_was_suspended_is_offered_when_its_round_is_over() -> None:
+    update = a_suspended()
+    for end in (
+        ev.NothingPlanned(),
+        ev.PlanCame(plan=a_plan(round=2)),
+        ev.PlanCame(plan=a_plan(job="k")),
+        ev.PlanCame(plan=a_plan(stop_after_s=0.0)),
+    ):
+        play = Play(update).feed(end)
+        assert act.OfferUpdate(offer=update) in play.wishes
+        play.feed(ev.NothingPlanned()).brings()
+        play.feed(ev.BusUp()).wish(act.OfferUpdate, offer=update)
+    play = Play(update).feed(ev.UpdateDeclined(xfer=update.blob.xfer, reason="superseded"))
+    play.feed(ev.NothingPlanned()).brings()
+
+
+# -------------------------------------------------------------------------------------------------- plans of the past
+
+
+def test_a_plan_of_the_past_disturbs_nothing() -> None:
+    play = Play().plan(round=3, issued_at=30.0).began("training")
+    for old in ({"round": 2, "issued_at": 20.0}, {"round": 3, "attempt": -1, "issued_at": 20.0}):
+        if old.get("attempt") == -1:
+            play = Play().plan(round=3, attempt=1, issued_at=30.0).began("training")
+            old["attempt"] = 0
+        play.plan(**old).brings()
+        assert play.session.past.n_stale == 1
+    play.finished(an_offer(a_plan(round=3, attempt=1))).plan(round=2, issued_at=20.0).brings()
+
+
+def test_a_plan_that_only_looks_old_is_done() -> None:
+    """A job of the same name that was begun anew, another coordinator, or the same round said again."""
+    play = Play().plan(round=3, issued_at=30.0).plan(round=3, issued_at=29.0).brings(act.Say)
+    play = Play().plan(round=3, issued_at=30.0).failed("died").plan(round=1, issued_at=31.0)
+    play.brings(act.Say, act.StartChild)
+    play = Play().feed(ev.CoordinatorSeen(session="a" * 16, online=True)).plan(round=3, issued_at=30.0).failed("died")
+    play.feed(ev.CoordinatorSeen(session="b" * 16, online=True)).plan(round=1, issued_at=2.0)
+    play.brings(act.Say, act.StartChild)
+    play = Play().plan(round=3, issued_at=30.0).failed("died").plan(round=0, purpose="survey", issued_at=31.0)
+    play.brings(act.Say, act.StartChild)
+    assert play.session.past.n_stale == 0
+
+
+def test_a_survey_that_a_broker_kept_does_not_end_what_is_being_trained() -> None:
+    play = Play().plan(round=3, issued_at=30.0).began("training").plan(round=0, purpose="survey", issued_at=1.0)
+    play.brings()
+    assert play.session.past.n_stale == 1
 
 
 # ----------------------------------------------------------------------------------------------------------- the host

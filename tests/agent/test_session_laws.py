@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+import msgspec
 from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -22,6 +23,7 @@ from hypothesis.stateful import (
 from agent.core import actions as act
 from agent.core import events as ev
 from agent.core.session import Session
+from agent.core.work import SUSPENDED
 from protocol.messages import (
     TERMINAL,
     Base,
@@ -94,15 +96,19 @@ class World(RuleBasedStateMachine):
         self.busy: act.StartChild | None = None
         self.told_to_stop = self.killed = self.paused = False
         self.owed: dict[str, Offer] = {}
+        self.silent: set[str] = set()  # suspended, and nothing has shown yet that it does not go on
         self.xfers: list[str] = ["f" * 32]
         self.states: dict[Key, ExecState] = {}
         self.serial = self.tag = 0
         self.stopped = False
 
-    @initialize(n_owed=st.integers(0, 2))
-    def begin(self, n_owed: int) -> None:
+    @initialize(n_owed=st.integers(0, 2), is_suspended=st.booleans())
+    def begin(self, n_owed: int, is_suspended: bool) -> None:
         for number in range(n_owed):
             offer = self._update(("x", number + 1, 0))
+            if is_suspended and number == n_owed - 1:
+                offer = msgspec.structs.replace(offer, stopped=SUSPENDED)
+                self.silent.add(offer.blob.xfer)
             self.owed[offer.blob.xfer] = offer
         self.session = Session(["qlora"], list(self.owed.values()), max_global_rank=8)
 
@@ -152,16 +158,25 @@ class World(RuleBasedStateMachine):
                 self.wanted.append(wish)
             case act.OfferUpdate(offer=offer):
                 self.owed[offer.blob.xfer] = offer
+                assert offer.blob.xfer not in self.silent or isinstance(event_, ev.PlanCame | ev.NothingPlanned)
+                self.silent.discard(offer.blob.xfer)
             case act.ForgetUpdate(xfer=xfer):
                 settled = isinstance(event_, ev.UpdateAccepted | ev.UpdateDeclined) and event_.xfer == xfer
-                assert settled or xfer not in self.owed, "an update is lost"
+                assert settled or xfer not in self.owed or self._goes_on(event_, self.owed[xfer]), "an update is lost"
                 self.owed.pop(xfer, None)
+                self.silent.discard(xfer)
             case act.Say(message=message):
                 assert message.serial > self.serial, "serials grow"
                 self.serial = message.serial
                 self._moves(key_of(message), message.state)
             case _:
                 pass
+
+    @staticmethod
+    def _goes_on(event_: ev.Happened, offer: Offer) -> bool:
+        """Whether the training behind a suspended update is asked for again."""
+        asked = isinstance(event_, ev.PlanCame) and (event_.plan.job, event_.plan.round) == (offer.job, offer.round)
+        return asked and offer.stopped == SUSPENDED
 
     def _moves(self, key: Key, state: ExecState) -> None:
         before = self.states.get(key)
@@ -186,6 +201,10 @@ class World(RuleBasedStateMachine):
             assert self.session.wake_at is None
 
     # ---------------------------------------------------------------------------------------------------- coordinator
+
+    @rule()
+    def nothing_planned(self) -> None:
+        self.feed(ev.NothingPlanned())
 
     @rule(plan=plans)
     def plan(self, plan: Plan) -> None:
@@ -234,7 +253,7 @@ class World(RuleBasedStateMachine):
 
     def _offers_everything(self, wishes: list[act.Wish], *, anything: bool) -> None:
         offered = {w.offer.blob.xfer for w in wishes if isinstance(w, act.OfferUpdate)}
-        assert offered == (set(self.owed) if anything else set())
+        assert offered == (set(self.owed) - self.silent if anything else set())
 
     @rule()
     def bus_down(self) -> None:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tomli_w
 
@@ -16,8 +19,9 @@ from coordinator.views import JobView
 from fedpipe import corpus, pretrain
 from fedpipe.broker import embedded_command, free_port, mosquitto_command
 from fedpipe.client import Coordinator
-from fedpipe.cluster import Cluster, port_open
+from fedpipe.cluster import Cluster, Member, port_open
 from protocol.errors import Unavailable
+from protocol.files import replacing
 
 LIMIT_S = 240.0
 HELD_OUT_RATIO = 0.15
@@ -37,6 +41,16 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
 
 
+class ArmedCluster(Cluster):
+    """Its daemons run in armed.py, and what dies is started again at once."""
+
+    async def add(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> Member:
+        if command[1] == "-m" and command[2] in {"agent", "coordinator"}:
+            armed = Path(__file__).with_name("armed.py")
+            command = [command[0], str(armed), str(self.folder / name / "traps"), *command[2:]]
+        return await super().add(name, command, environment)
+
+
 class Fleet:
     """A real fleet of processes: started, watched over the API, hurt on purpose."""
 
@@ -44,14 +58,19 @@ class Fleet:
         self.cluster = Cluster(folder)
         self.base, self.texts = base, texts
         self.limits: dict[str, dict[str, Any]] = {}
+        self.settings: dict[str, Any] = {}
+        self.chunk_bytes = 256 * 1024
+        self.broker_lines: list[str] = []
         self.port = free_port()
         self.broker_port = free_port()
 
-    async def start(self, broker: str, absent: str = "") -> None:
+    async def start(self, broker: str, absent: str = "", *, has_agents: bool = True) -> None:
         folder = self.cluster.folder / "broker"
         folder.mkdir(parents=True)
         command = (
-            mosquitto_command(self.broker_port, folder) if broker == "mosquitto" else embedded_command(self.broker_port)
+            mosquitto_command(self.broker_port, folder, self.broker_lines)
+            if broker == "mosquitto"
+            else embedded_command(self.broker_port)
         )
         await self.cluster.add("broker", command)
         await port_open("127.0.0.1", self.broker_port, 20, "the broker")
@@ -60,14 +79,18 @@ class Fleet:
             "coordinator",
             self.common("coordinator") | {"web": {"port": self.port}},
         )
-        for agent in self.texts.keys() - {absent}:
+        for agent in self.texts.keys() - {absent} if has_agents else ():
             await self.add_agent(agent)
         await port_open("127.0.0.1", self.port, 30, "the coordinator")
 
     def common(self, name: str) -> dict[str, Any]:
         return {
             "state_dir": str(self.cluster.folder / name / "state"),
-            "broker": {"url": f"mqtt://127.0.0.1:{self.broker_port}", "reconnect_max_s": 2.0},
+            "broker": {
+                "url": f"mqtt://127.0.0.1:{self.broker_port}",
+                "reconnect_max_s": 2.0,
+                "chunk_bytes": self.chunk_bytes,
+            },
             "heartbeat_s": 5.0,
         }
 
@@ -80,7 +103,7 @@ class Fleet:
             "base": {"model_dirs": [str(self.base.parent)]},
             "child": {"threads": 1},
         }
-        await self.cluster.add_daemon("agent", agent, self.common(agent) | config)
+        await self.cluster.add_daemon("agent", agent, self.common(agent) | config | self.settings)
 
     def job_text(self, **tables: dict[str, Any]) -> str:
         job: dict[str, Any] = {
@@ -146,14 +169,89 @@ class Fleet:
         return folder
 
 
+class ArmedFleet(Fleet):
+    """A fleet whose processes die at points that are armed: see armed.py."""
+
+    def __init__(self, folder: Path, base: Path, texts: dict[str, Path]) -> None:
+        super().__init__(folder, base, texts)
+        self.cluster = ArmedCluster(folder, restart_s=0.05)
+        self.chunk_bytes = 4096
+
+    def arm(self, member: str, *points: str, trap: str = "") -> None:
+        """Set the same trap at each of these points of one process."""
+        folder = self.cluster.folder / member / "traps"
+        folder.mkdir(parents=True, exist_ok=True)
+        for point in points:
+            with replacing(folder / point) as file:
+                file.write(trap.encode())
+
+    def still_armed(self, *kinds: str) -> list[str]:
+        """Traps that have not sprung yet, of these kinds of points or of all."""
+        points = {path.name for path in self.cluster.folder.glob("*/traps/*")} - {"sprung"}
+        return sorted(point for point in points if not kinds or point.partition(".")[0] in kinds)
+
+    def sprung(self, member: str = "*") -> dict[str, list[int]]:
+        """Points at which a trap sprang, with the children that the process had."""
+        lines = (log.read_text().splitlines() for log in self.cluster.folder.glob(f"{member}/traps/sprung"))
+        return {point: [int(pid) for pid in pids] for point, *pids in map(str.split, chain.from_iterable(lines))}
+
+    async def reached(self, member: str, point: str) -> None:
+        """Wait until a trap of one process has sprung."""
+        await self.until_it_is(lambda: point in self.sprung(member), f"{member} reached {point}")
+
+    def stands_still(self, member: str) -> bool:
+        process = self.cluster.members[member].process
+        assert process is not None
+        return bool(psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
+
+    def orphans(self) -> list[int]:
+        """Children that live on although their daemon died at a trap."""
+        found = []
+        for pid in chain.from_iterable(self.sprung().values()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(pid)
+                parents = {member.process.pid for member in self.cluster.members.values() if member.process}
+                if "agent.worker" in process.cmdline() and process.ppid() not in parents:
+                    found.append(pid)
+        return found
+
+    def log_lines(self) -> list[str]:
+        """Every line of every log, behind the name of its file."""
+        logs = sorted(self.cluster.folder.rglob("*.log"))
+        return [f"{log.name}: {line}" for log in logs for line in log.read_text(errors="replace").splitlines()]
+
+    async def until_it_is(self, what: Callable[[], Any], why: str) -> None:
+        """Wait for something outside the API."""
+        try:
+            async with asyncio.timeout(LIMIT_S):
+                while not what():  # noqa: ASYNC110 - other processes bring it about
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            pytest.fail(f"it never came about that {why}")
+
+
+@pytest.fixture(scope="session")
+def armed_fleet(base: Path, texts: dict[str, Path]) -> Callable[[Path], ArmedFleet]:
+    """A fleet of two agents with traps, not started yet; updates go in many chunks."""
+
+    def made(folder: Path) -> ArmedFleet:
+        return ArmedFleet(folder, base, dict(sorted(texts.items())[:2]))
+
+    return made
+
+
 @pytest.fixture
 def fleet(tmp_path: Path, base: Path, texts: dict[str, Path]) -> Callable[[str], Any]:
     @asynccontextmanager
     async def running(
-        broker: str, absent: str = "", limits: dict[str, dict[str, Any]] | None = None
+        broker: str,
+        absent: str = "",
+        limits: dict[str, dict[str, Any]] | None = None,
+        broker_lines: Sequence[str] = (),
+        **settings: Any,
     ) -> AsyncIterator[Fleet]:
         found = Fleet(tmp_path / "fleet", base, texts)
-        found.limits = limits or {}
+        found.limits, found.broker_lines, found.settings = limits or {}, list(broker_lines), settings
         try:
             await found.start(broker, absent)
             yield found

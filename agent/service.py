@@ -1,0 +1,17 @@
+"""The whole daemon: the agent, and its configuration read anew at a SIGHUP."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from agent.config import LIVE, AgentConfig
+from agent.daemon import Agent
+from protocol.reloading import Reloading
+
+
+async def serve(config: AgentConfig, stop: asyncio.Event, path: Path) -> None:
+    """Run until `stop` is set; `path` is the configuration's file."""
+    agent = Agent(config)
+    Reloading(path, config, LIVE, agent.renew).listen()
+    await agent.run(stop)
