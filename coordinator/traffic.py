@@ -14,9 +14,11 @@ from typing import Any
 from coordinator.config import CoordinatorConfig
 from coordinator.core import actions as act
 from coordinator.core import events as ev
+from coordinator.intake import MAX_NAMED
 from coordinator.work import RETRY_S, Work
 from protocol.blobs import Blobs
 from protocol.bus import Bus
+from protocol.daemon import OncePer
 from protocol.exchange import Exchange, Lost, Outcome, Pulled
 from protocol.messages import Blob, Done, Grant, Refuse
 from protocol.outgoing import Outgoing
@@ -47,12 +49,13 @@ class Traffic:
     ) -> None:
         self._blobs, self._outgoing, self._topics, self._work = blobs, outgoing, topics, work
         self._tell, self._spawn = tell, spawn
-        self._fetching: dict[tuple[str, str], act.Fetch] = {}
+        self._clock, self._complaints = clock, OncePer(max_keys=MAX_NAMED)
+        self._fetching: dict[str, dict[str, act.Fetch]] = {}
         self._served: dict[str, str] = {}
         limits = config.transfer
         self.exchange = Exchange(
             bus=bus,
-            spool=Spool(blobs, max_bytes=limits.max_update_bytes),
+            spool=Spool(blobs, max_bytes=limits.max_update_bytes, reserve_bytes=config.keep.min_free_bytes),
             receiving=Receiving(window=limits.window, budget_bytes=limits.budget_bytes, timeout_s=limits.timeout_s),
             clock=clock,
             say=self._say,
@@ -61,23 +64,53 @@ class Traffic:
             outcome=self._ended,
         )
 
-    def serve(self, blob: Blob) -> None:
-        """Hand out a model to agents that ask for it."""
+    def serve(self, blob: Blob) -> Blob:
+        """Hand out a model to agents that ask for it; the model as they are to be told of it."""
         self._served[blob.xfer] = blob.sha256
-        self.exchange.sending.add(blob)
+        return self.exchange.offer(blob)
 
-    def is_fetching(self, agent: str, xfer: str) -> bool:
-        """Whether this offer is being pulled or judged already."""
-        return (agent, xfer) in self._fetching
+    def is_fetching(self, agent: str, blob: Blob) -> bool:
+        """Whether this blob is being pulled or judged already, in chunks of the same size."""
+        wish = self._fetching.get(agent, {}).get(blob.xfer)
+        return wish is not None and wish.offer.blob == blob
+
+    def under_way(self) -> set[str]:
+        """Digests of what is being pulled or judged."""
+        return {wish.offer.blob.sha256 for wishes in self._fetching.values() for wish in wishes.values()}
+
+    def settled(self, verdict: ev.UpdateStored | ev.UpdateSpoiled) -> None:
+        """The core has heard the verdict: from now on its state says whether the file is needed."""
+        wish = self._fetching.get(verdict.agent, {}).get(verdict.offer.blob.xfer)
+        if wish and wish.offer == verdict.offer:
+            self._drop(verdict.agent, verdict.offer.blob.xfer)
+
+    def postpone(self, agent: str, xfer: str, reason: str) -> None:
+        """Nothing can be taken in now: the agent keeps its update and offers it again."""
+        self._say(agent, Refuse(xfer=xfer, reason=reason[:2000], retry_after_s=RETRY_S))
 
     def fetch(self, wish: act.Fetch) -> None:
         """Pull an update, or judge at once what is here already."""
         blob = wish.offer.blob
-        self._fetching[wish.agent, blob.xfer] = wish
+        for xfer in self._replaced_by(wish):
+            self._drop(wish.agent, xfer)
+            self.exchange.stop_pulling(wish.agent, xfer)
+        self._fetching.setdefault(wish.agent, {})[blob.xfer] = wish
         if self._blobs.has(blob.sha256):
             self._spawn(f"judge/{wish.agent}/{blob.xfer}", self._judge(wish))
         else:
             self.exchange.pull(wish.agent, blob)
+
+    def _replaced_by(self, wish: act.Fetch) -> list[str]:
+        """Another update that this agent offered for the same work: it has one, or it could fill disk and memory."""
+        mine = self._fetching.get(wish.agent, {})
+        return [xfer for xfer, other in mine.items() if xfer != wish.offer.blob.xfer and _work(other) == _work(wish)]
+
+    def _drop(self, agent: str, xfer: str) -> act.Fetch | None:
+        wishes = self._fetching.get(agent, {})
+        wish = wishes.pop(xfer, None)
+        if not wishes:
+            self._fetching.pop(agent, None)
+        return wish
 
     def acknowledge(self, agent: str, xfer: str) -> None:
         """Tell an agent that it may forget an update."""
@@ -85,14 +118,17 @@ class Traffic:
 
     def decline(self, agent: str, xfer: str, reason: str) -> None:
         """Tell an agent that an update is not wanted, for good."""
-        self._fetching.pop((agent, xfer), None)
+        self._drop(agent, xfer)
         self.exchange.stop_pulling(agent, xfer)
         self._say(agent, Refuse(xfer=xfer, reason=reason[:2000]))
-        logger.warning("update declined", extra={"action": "declined", "agent": agent, "reason": reason})
+        held = self._complaints(agent, self._clock())
+        if held is not None:
+            extra = {"action": "declined", "agent": agent, "reason": reason, "more": held}
+            logger.warning("update declined", extra=extra)
 
     def withdrawn(self, agent: str, xfer: str, reason: str) -> None:
         """The agent does not hold any more what it offered."""
-        wish = self._fetching.pop((agent, xfer), None)
+        wish = self._drop(agent, xfer)
         if wish is not None:
             self.exchange.stop_pulling(agent, xfer)
             self._tell(ev.UpdateSpoiled(agent=agent, offer=wish.offer, reason=f"withdrawn by the agent: {reason}"))
@@ -105,20 +141,31 @@ class Traffic:
         return self._blobs.path(sha256) if sha256 else None
 
     async def _ended(self, end: Outcome) -> None:
-        wish = self._fetching.get((end.peer, end.blob.xfer))
+        wish = self._fetching.get(end.peer, {}).get(end.blob.xfer)
         if wish is None:
             return
         match end:
             case Pulled():
                 await self._judge(wish)
             case Lost(temporary=True, reason=reason):
-                del self._fetching[end.peer, end.blob.xfer]
-                logger.warning("update not here yet: %s", reason, extra={"action": "lost", "agent": end.peer})
-                self._say(end.peer, Refuse(xfer=end.blob.xfer, reason=reason[:2000], retry_after_s=RETRY_S))
+                self._lost(wish, reason)
             case Lost(reason=reason):
                 self._tell(ev.UpdateSpoiled(agent=end.peer, offer=wish.offer, reason=f"bad update: {reason}"))
 
     async def _judge(self, wish: act.Fetch) -> None:
-        verdict = await self._work.judge(wish)
-        self._fetching.pop((wish.agent, wish.offer.blob.xfer), None)
+        try:
+            verdict = await self._work.judge(wish)
+        except OSError as error:  # our disk's fault, not the agent's
+            self._lost(wish, f"it could not be read back here: {error}")
+            return
         self._tell(verdict)
+
+    def _lost(self, wish: act.Fetch, reason: str) -> None:
+        xfer = wish.offer.blob.xfer
+        self._drop(wish.agent, xfer)
+        logger.warning("update not here yet: %s", reason, extra={"action": "lost", "agent": wish.agent})
+        self.postpone(wish.agent, xfer, reason)
+
+
+def _work(wish: act.Fetch) -> tuple[str, int, int]:
+    return wish.offer.job, wish.offer.round, wish.offer.attempt

@@ -1,7 +1,8 @@
 """A downloaded adapter: from the tar on disk to a folder in its place, or merged into its base.
 
-The tar came over a network: its members must be plain files without a folder in their names, and few of them.  The folder
-appears whole or not at all and replaces nothing but an earlier export.
+The tar came over a network: its members must be plain files without a folder in their names, few, and no larger than the tar
+itself, so nothing is decompressed and no hole is filled.  The folder appears whole or not at all and replaces nothing but an
+earlier export.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -63,22 +65,26 @@ def read_peft(folder: Path) -> Adapter:
 
 def _extract(tar: Path, folder: Path) -> Card:
     try:
-        with tarfile.open(tar) as archive:
-            members = archive.getmembers()
-            _check(members)
+        with tarfile.open(tar, "r:") as archive:
+            members = list(islice(archive, MAX_FILES + 1))
+            _check(members, tar.stat().st_size)
             for member in members:
                 content = archive.extractfile(member)
                 assert content is not None, "only plain files are here"
                 with (folder / member.name).open("wb") as file:
                     shutil.copyfileobj(content, file)
         return msgspec.json.decode((folder / LINEAGE_FILE).read_bytes(), type=Card)
-    except (tarfile.TarError, EOFError, OSError, msgspec.MsgspecError) as error:
+    except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, msgspec.MsgspecError) as error:
         raise BadConfig(f"the download is no adapter of ours ({error}): check --url and try again") from None
 
 
-def _check(members: list[tarfile.TarInfo]) -> None:
+def _check(members: list[tarfile.TarInfo], tar_bytes: int) -> None:
     if len(members) > MAX_FILES:
-        raise BadConfig(f"the download holds {len(members)} files: that is no adapter of ours, nothing was written")
+        raise BadConfig(
+            f"the download holds more than {MAX_FILES} files: that is no adapter of ours, nothing was written"
+        )
     for member in members:
         if not member.isreg() or Path(member.name).name != member.name or member.name in {".", ".."}:
             raise BadConfig(f"the download holds {member.name!r}, which is no plain file: nothing was written")
+    if any(member.issparse() for member in members) or sum(member.size for member in members) > tar_bytes:
+        raise BadConfig("the download claims more bytes than it has: that is no adapter of ours, nothing was written")

@@ -38,6 +38,10 @@ MQTT_MAX_PACKET_BYTES: Final = 268_435_460
 """What the protocol itself allows (5 bytes of fixed header, 2**28 - 1 behind it); a broker that names no limit has this one."""
 
 
+Refusal = Literal["", "credentials", "revoked"]
+"""Nothing of the kind; a user, password or certificate that the broker does not take; a certificate that was taken back."""
+
+
 # ------------------------------------------------------------------------------------------------- what can happen
 
 
@@ -65,9 +69,13 @@ class Connected:
 
 @dataclass(frozen=True, slots=True)
 class Disconnected:
-    """There is no connection, and why, in words for the operator.  While it stays down, said again only when the reason changes."""
+    """There is no connection, and why, in words for the operator.  While it stays down, said again only when the reason changes.
+
+    `refusal`: the broker insists that it will not have our credentials, see mqtt_bus.INSISTS.
+    """
 
     reason: str
+    refusal: Refusal = ""
 
 
 Happening = Received | Connected | Disconnected
@@ -132,6 +140,9 @@ class Bus(Protocol):
 
     async def unsubscribe(self, *filters: str) -> None:
         """Listen to these filters no longer."""
+
+    async def reconnect(self) -> None:
+        """Leave politely and come back at once, as with a renewed certificate; without a connection do nothing."""
 
 
 # --------------------------------------------------------------------------------------------------- configuration

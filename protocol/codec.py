@@ -13,19 +13,27 @@ from typing import Final
 import msgspec
 
 from protocol.errors import BadMessage
-from protocol.messages import VERSION, Body, Envelope
+from protocol.messages import VERSION, Body, Envelope, Execution, Message, Plan
 
 MAX_MESSAGE_BYTES: Final = 2 * 2**20
 """A control message above this is refused before it is parsed; 20,000 matrix names and ranks fit well inside."""
+MAX_SMALL_BYTES: Final = 256 * 1024
+"""The same for all messages that name no matrices; a report of 64 devices, or an offer of 1,000 levels, takes half of it."""
+LARGE: Final[frozenset[type[Message]]] = frozenset({Execution, Plan})
 
 
 def encode(body: Body, *, session: str, seq: int, now: float) -> bytes:
     """Wrap `body` in an envelope and serialise it as msgpack.  Raises BadMessage when it would be too large to accept."""
     envelope = Envelope(v=VERSION, ts=now, ses=session, seq=seq, b=body)
     payload = msgspec.msgpack.encode(envelope)
-    if len(payload) > MAX_MESSAGE_BYTES:
-        raise BadMessage(f"{type(body).__name__} of {len(payload)} bytes exceeds {MAX_MESSAGE_BYTES}")
+    if len(payload) > (limit := limit_bytes(type(body))):
+        raise BadMessage(f"{type(body).__name__} of {len(payload)} bytes exceeds {limit}", "oversized")
     return payload
+
+
+def limit_bytes(*kinds: type[Message]) -> int:
+    """The largest payload that a message of one of these kinds may have; of any kind if none is named."""
+    return MAX_MESSAGE_BYTES if not kinds or not LARGE.isdisjoint(kinds) else MAX_SMALL_BYTES
 
 
 class _Head(msgspec.Struct):
@@ -36,16 +44,27 @@ _head: Final = msgspec.msgpack.Decoder(_Head)
 _envelope: Final = msgspec.msgpack.Decoder(Envelope)
 
 
-def decode(payload: bytes) -> Envelope:
-    """Parse and validate one message.  Raises BadMessage, whatever the bytes; memory stays within a few times their length."""
-    if len(payload) > MAX_MESSAGE_BYTES:
-        raise BadMessage(f"message of {len(payload)} bytes exceeds {MAX_MESSAGE_BYTES}")
+def decode(payload: bytes, *kinds: type[Message]) -> Envelope:
+    """Parse and validate one message, of one of these kinds if any are named.
+
+    Raises BadMessage, whatever the bytes; memory stays within a few times their length.
+    """
+    if len(payload) > (limit := limit_bytes(*kinds)):
+        raise BadMessage(f"message of {len(payload)} bytes exceeds {limit}", "oversized")
     try:
         if (found := _version(payload)) != VERSION:
-            raise BadMessage(f"protocol version {found} is not {VERSION}: upgrade the older side")
-        return _envelope.decode(payload)
+            kind = "wrong_version" if isinstance(found, int) else "bad_message"
+            raise BadMessage(f"protocol version {found} is not {VERSION}: upgrade the older side", kind)
+        envelope = _envelope.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, OverflowError, RecursionError) as error:
         raise BadMessage(f"invalid message: {error}"[:400]) from None
+    if kinds and type(envelope.b) not in kinds:
+        raise BadMessage(f"a {type(envelope.b).__name__} where {_names(kinds)} belongs", "wrong_type")
+    return envelope
+
+
+def _names(kinds: tuple[type[Message], ...]) -> str:
+    return " or ".join(kind.__name__ for kind in kinds)
 
 
 def _version(payload: bytes) -> int | str:

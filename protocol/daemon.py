@@ -22,7 +22,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
-from protocol.errors import BadConfig, OutsideFault, Unavailable
+from protocol.errors import BadConfig, NotAllowed, OutsideFault, Unavailable
 from protocol.topics import ID_RULE
 
 EX_OK: Final = 0
@@ -145,20 +145,28 @@ def set_up_logging(level: str = "INFO") -> None:
 
 
 class OncePer:
-    """Lets a repeated complaint through once per `period_s` and key, and counts what it held back."""
+    """Lets a repeated complaint through once per `period_s` and key, and counts what it held back.
+
+    It remembers `max_keys` keys of the last period; all further ones share one more, so that whoever invents keys is told of
+    once.  So at most max_keys + 1 complaints per period, and memory for as many.
+    """
 
     def __init__(self, period_s: float = 60.0, max_keys: int = 1000) -> None:
         self._period_s, self._max_keys = period_s, max_keys
         self._held: dict[str, tuple[float, int]] = {}
+        self._swept_at = -period_s
 
     def __call__(self, key: str, now: float) -> int | None:
         """The number held back since the last time when `key` may speak now, else None."""
+        if key not in self._held and len(self._held) >= self._max_keys:
+            if now - self._swept_at >= self._period_s:
+                self._swept_at = now
+                self._held = {k: told for k, told in self._held.items() if now - told[0] < self._period_s}
+            key = key if len(self._held) < self._max_keys else ""
         last, held = self._held.get(key, (-self._period_s, 0))
         if now - last < self._period_s:
             self._held[key] = (last, held + 1)
             return None
-        if len(self._held) >= self._max_keys:
-            self._held.clear()
         self._held[key] = (now, 0)
         return held
 
@@ -194,7 +202,7 @@ async def feed_watchdog(healthy: Callable[[], bool]) -> None:
 def run(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
     """Run a daemon until it returns or a SIGTERM or SIGINT sets its stop event; a second signal ends it at once.
 
-    Returns the exit code: 0, 78 for BadConfig, 69 for Unavailable, 70 for our own faults (the trace is logged).
+    Returns the exit code: 0, 78 for BadConfig, 77 for NotAllowed, 69 for Unavailable, 70 for our own faults (the trace is logged).
     """
 
     async def supervised() -> None:
@@ -236,10 +244,12 @@ def _exit_code(error: Exception) -> int:
 
 
 def exit_code(fault: OutsideFault) -> int:
-    """What a command or daemon ends with for a fault from outside: 78 must not loop, 69 and 75 may."""
+    """What a command or daemon ends with for a fault from outside: 78 and 77 must not loop, 69 and 75 may."""
     match fault:
         case BadConfig():
             return EX_CONFIG
         case Unavailable():
             return EX_UNAVAILABLE
+        case NotAllowed():
+            return EX_NOPERM
     return EX_TEMPFAIL

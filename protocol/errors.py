@@ -8,7 +8,11 @@ class OutsideFault(Exception):  # noqa: N818 - the family's name says whose faul
 
 
 class BadMessage(OutsideFault):
-    """Bytes from the bus that are not a valid message of this protocol."""
+    """Bytes from the bus that are not a valid message of this protocol.  `kind` is the word under which it is counted."""
+
+    def __init__(self, text: str, kind: str = "bad_message") -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
 class BadUpdate(OutsideFault):
@@ -21,6 +25,10 @@ class BadConfig(OutsideFault):
 
 class Unavailable(OutsideFault):
     """Something needed is not there now (broker, disk, model); exit code 69 (EX_UNAVAILABLE)."""
+
+
+class NotAllowed(OutsideFault):
+    """Our credentials are refused for good; exit code 77 (EX_NOPERM), after which nobody starts us again."""
 
 
 class IllegalMove(RuntimeError):  # noqa: N818 - named after what happened

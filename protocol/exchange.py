@@ -13,8 +13,11 @@ import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-from protocol.bus import Bus, BusError, NotConnected
+import msgspec
+
+from protocol.bus import MQTT_MAX_PACKET_BYTES, Bus, BusError, NotConnected
 from protocol.errors import BadMessage, Unavailable
 from protocol.frames import decode_frame, encode_frame
 from protocol.messages import Blob, Done, Grant, Refuse
@@ -22,6 +25,10 @@ from protocol.sending import SendChunk, Sending
 from protocol.spool import Partial, Spool
 from protocol.transfer import Action as ReceivingAction
 from protocol.transfer import Completed, GaveUp, Receiving, SendGrant
+
+AROUND_CHUNK_BYTES: Final = 512
+"""What a packet holds beside its chunk, at most: the topic (256), MQTT's header and properties, the frame's own 12."""
+MIN_CHUNK_BYTES: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +92,16 @@ class Exchange:
         self.sending = Sending()
         self.receiving = receiving
         self.n_sent_bytes = 0
+        self.max_packet_bytes = MQTT_MAX_PACKET_BYTES
         self._bus, self._spool, self._clock = bus, spool, clock
         self._say, self._chunk_topic, self._source, self._outcome = say, chunk_topic, source, outcome
         self._pulls: dict[tuple[str, str], _Pull] = {}
         self._credit = asyncio.Event()
         self._ends: asyncio.Queue[tuple[_Pull, Lost | None]] = asyncio.Queue()
+
+    def renew(self, *, reserve_bytes: int) -> None:
+        """Another part of the disk to leave free, from the next transfer on."""
+        self._spool.reserve_bytes = reserve_bytes
 
     async def run(self) -> None:
         """Send what has credit and finish what is complete, until cancelled."""
@@ -168,6 +180,17 @@ class Exchange:
         return Pulled(pull.peer, pull.blob, pull.sha256, path)
 
     # -------------------------------------------------------------------------------------------------------- sending
+
+    def offer(self, blob: Blob) -> Blob:
+        """Make `blob` available, in chunks that the broker of this connection takes; the blob as it is to be announced."""
+        fitting = msgspec.structs.replace(blob, chunk=min(blob.chunk, self.max_chunk_bytes))
+        self.sending.add(fitting)
+        return fitting
+
+    @property
+    def max_chunk_bytes(self) -> int:
+        """The largest chunk that the broker of this connection takes."""
+        return max(MIN_CHUNK_BYTES, self.max_packet_bytes - AROUND_CHUNK_BYTES)
 
     def granted(self, peer: str, grant: Grant) -> None:
         """A peer gave credit: send, or say that this blob is not here.  Raises BadMessage for impossible credit."""

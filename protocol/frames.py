@@ -41,14 +41,18 @@ def encode_frame(index: int, data: bytes) -> bytes:
 def decode_frame(payload: bytes) -> tuple[int, memoryview]:
     """The chunk's index and a view of its bytes inside `payload`.  Raises BadMessage."""
     if not OVERHEAD_BYTES < len(payload) <= MAX_DATA_BYTES + OVERHEAD_BYTES:
-        raise BadMessage(f"a chunk frame of {len(payload)} bytes: expected {OVERHEAD_BYTES + 1} bytes to 4 MiB")
+        raise BadMessage(
+            f"a chunk frame of {len(payload)} bytes: expected {OVERHEAD_BYTES + 1} bytes to 4 MiB", "bad_frame"
+        )
     magic, version, index = _HEADER.unpack_from(payload)
     if magic != _MAGIC:
-        raise BadMessage(f"not a chunk frame: it begins with {magic!r}")
+        raise BadMessage(f"not a chunk frame: it begins with {magic!r}", "bad_frame")
     if version != FRAME_VERSION:
-        raise BadMessage(f"chunk frame version {version} is not {FRAME_VERSION}: upgrade the older side")
+        raise BadMessage(
+            f"chunk frame version {version} is not {FRAME_VERSION}: upgrade the older side", "wrong_version"
+        )
     if google_crc32c.value(payload) != _RESIDUE:
-        raise BadMessage(f"chunk {index} was damaged on its way: checksum mismatch")
+        raise BadMessage(f"chunk {index} was damaged on its way: checksum mismatch", "bad_frame")
     return index, memoryview(payload)[_HEADER.size : -_TRAILER.size]
 
 

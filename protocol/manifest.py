@@ -63,39 +63,41 @@ def pack_header(header: Header) -> bytes:
     return packed
 
 
+class _Head(msgspec.Struct):
+    v: int
+
+
 def read_header(path: Path, kind: type[H]) -> tuple[H, int]:
     """The header at the start of `path` and its length in bytes, which is where the values start.
 
     Raises BadUpdate for anything that is not such a header; reads and allocates in proportion to the header, not the file.
     """
     with path.open("rb") as file:
-        raw, n_bytes = _unpack_first(file)
-    if not isinstance(raw, dict) or raw.get("v") != VERSION:
-        got = raw.get("v") if isinstance(raw, dict) else type(raw).__name__
-        raise BadUpdate(f"file version {str(got)[:40]!r} is not {VERSION}: upgrade the older side")
+        packed = _first_object(file)
     try:
-        return msgspec.convert(raw, kind), n_bytes
-    except (msgspec.ValidationError, OverflowError) as error:
+        if (found := _version(packed)) != VERSION:
+            raise BadUpdate(f"file version {found} is not {VERSION}: upgrade the older side")
+        return msgspec.msgpack.decode(packed, type=kind), len(packed)
+    except (msgspec.DecodeError, UnicodeDecodeError, OverflowError, RecursionError) as error:
         raise BadUpdate(f"invalid header: {error}"[:400]) from None
 
 
-def _unpack_first(file: BinaryIO) -> tuple[object, int]:
-    unpacker = msgpack.Unpacker(
-        file,
-        raw=False,
-        strict_map_key=True,
-        read_size=64 * 1024,
-        max_buffer_size=MAX_HEADER_BYTES,
-        max_str_len=4096,
-        max_bin_len=4096,
-        max_array_len=MAX_MATRICES,
-        max_map_len=64,
-        max_ext_len=0,
-    )
+def _first_object(file: BinaryIO) -> bytes:
+    """The bytes of the first msgpack object: found by skipping it, because to build it would believe its lengths."""
+    unpacker = msgpack.Unpacker(file, read_size=64 * 1024, max_buffer_size=MAX_HEADER_BYTES)
     try:
-        return unpacker.unpack(), unpacker.tell()
-    except (ValueError, msgpack.UnpackException, UnicodeDecodeError, RecursionError, TypeError) as error:
+        unpacker.skip()
+    except (ValueError, msgpack.UnpackException) as error:
         raise BadUpdate(f"no msgpack header within the limits: {type(error).__name__}: {error}"[:400]) from None
+    file.seek(0)
+    return file.read(unpacker.tell())
+
+
+def _version(packed: bytes) -> int | str:
+    try:
+        return msgspec.msgpack.decode(packed, type=_Head).v
+    except msgspec.ValidationError as error:
+        return f"({error})"[:80]
 
 
 def check_sorted(entries: list[Entry]) -> None:

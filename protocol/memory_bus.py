@@ -176,6 +176,12 @@ class MemoryBus:
         for wanted in filters:
             self._filters.pop(wanted, None)
 
+    async def reconnect(self) -> None:
+        """See Bus.reconnect."""
+        if self.connected:
+            self._disconnect("connecting anew, as asked")
+            asyncio.get_running_loop().call_soon(self._broker._admit, self.client_id)
+
     def _connect(self) -> None:
         self.connected, self._told = True, ""
         self._testament = self._will()

@@ -13,13 +13,15 @@ import asyncio
 import random
 import ssl
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import aiomqtt
 
 from protocol.bus import (
+    MQTT_MAX_PACKET_BYTES,
     BrokerConfig,
     BusError,
     Connected,
@@ -28,13 +30,20 @@ from protocol.bus import (
     Happening,
     NotConnected,
     Received,
+    Refusal,
     Will,
     parse_url,
 )
 from protocol.errors import BadConfig
 from protocol.mqtt_link import NO_ANSWER, Link, NotWelcome
+from protocol.mqtt_reasons import BAD_PASSWORD, NOT_AUTHORIZED, unsteady
+from protocol.tls_objection import Objection, objection
 
 STABLE_S: Final = 60.0
+SUSPICIOUS: Final = 3
+"""So many connections in a row that did not last: brokers do not always say that another client has our id."""
+INSISTS: Final = 8
+"""Refusals of our credentials in a row, over a minute or so, after which the broker means it: it may just be starting up."""
 UNSUPPORTED_VERSION: Final = 132
 
 V5: Final = aiomqtt.ProtocolVersion.V5
@@ -56,7 +65,10 @@ class MqttBus:
         self._link: Link | None = None
         self._why = "not connected yet"
         self._told = ""
+        self._n_short = self._n_refused = 0
+        self._max_packet_bytes = MQTT_MAX_PACKET_BYTES
         self._happenings: asyncio.Queue[Happening | None] = asyncio.Queue()
+        self._anew: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -115,6 +127,11 @@ class MqttBus:
         except NotConnected:
             return  # the next connection starts without them
 
+    async def reconnect(self) -> None:
+        """See Bus.reconnect."""
+        if self._anew is not None and not self._anew.done():
+            self._anew.set_result(None)
+
     # ------------------------------------------------------------------------------------------------ staying connected
 
     async def _stay_connected(self) -> None:
@@ -123,7 +140,7 @@ class MqttBus:
             started_s, longest_s = loop.time(), self._config.reconnect_max_s
             contested = await self._one_connection()
             if loop.time() - started_s > STABLE_S:
-                n_failures = 0
+                n_failures = self._n_short = 0
             await asyncio.sleep(longest_s if contested else random.uniform(0, min(longest_s, 2.0**n_failures)))
             n_failures = min(n_failures + 1, 16)
 
@@ -132,19 +149,30 @@ class MqttBus:
         try:
             link, welcome = await self._open()
         except (NotWelcome, BadConfig) as error:
-            self._tell(str(error))
+            held = await self._objection(error)
+            self._turned_away(held.text or str(error), held.refusal or _refusal(error))
             return False
         early: list[Received] = []
         link.deliver = early.append
         try:
             await self._subscribe_all(link)
             link.deliver = self._happenings.put_nowait
-            self._link, self._told = link, ""
-            self._happenings.put_nowait(welcome)
+            self._link, self._told, self._n_refused = link, "", 0
+            if welcome.mqtt_version == 5:  # only this version tells, and a later connection may have to be of the older
+                self._max_packet_bytes = welcome.max_packet_bytes
+            self._happenings.put_nowait(replace(welcome, max_packet_bytes=self._max_packet_bytes))
             for received in early:
                 self._happenings.put_nowait(received)
-            await asyncio.wait({link.lost})
+            self._anew = asyncio.get_running_loop().create_future()
+            ends: list[asyncio.Future[Any]] = [link.lost, self._anew]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if not link.lost.done():
+                self._tell("connecting anew, as asked")
+                return False
+            self._n_short += 1
             reason = link.lost.result()
+            if self._n_short >= SUSPICIOUS and not link.taken_over:
+                reason = unsteady(reason, self._client_id)
         except BusError as error:
             reason = str(error)
         finally:
@@ -152,6 +180,12 @@ class MqttBus:
             await link.close()
         self._tell(reason)
         return link.taken_over
+
+    async def _objection(self, error: NotWelcome | BadConfig) -> Objection:
+        """What the broker holds against our certificate, if that is why there was no welcome."""
+        if not isinstance(error, NotWelcome) or error.code != NO_ANSWER or (tls := self._tls()) is None:
+            return Objection()
+        return await objection(self._address, tls)
 
     async def _open(self) -> tuple[Link, Connected]:
         """A welcomed link.  A broker that refuses MQTT 5 is remembered; one that merely gave no answer is asked anew each time."""
@@ -194,11 +228,18 @@ class MqttBus:
                 await link.ignore(list(old))
             there = (there | set(new)) - old
 
-    def _tell(self, reason: str) -> None:
+    def _turned_away(self, reason: str, refusal: Refusal) -> None:
+        """There was no welcome; a refusal of our credentials is told once more when the broker insists on it."""
+        self._n_refused = self._n_refused + 1 if refusal else 0
+        if self._n_refused == INSISTS:
+            self._told = ""
+        self._tell(reason, refusal if self._n_refused >= INSISTS else "")
+
+    def _tell(self, reason: str, refusal: Refusal = "") -> None:
         self._why = reason
         if reason != self._told:
             self._told = reason
-            self._happenings.put_nowait(Disconnected(reason))
+            self._happenings.put_nowait(Disconnected(reason, refusal))
 
     # --------------------------------------------------------------------------------------------------------- files
 
@@ -225,3 +266,9 @@ class MqttBus:
             files = ", ".join(filter(None, [config.ca_file, config.cert_file, config.key_file]))
             raise BadConfig(f"broker certificates ({files}): {error}") from None
         return context
+
+
+def _refusal(error: NotWelcome | BadConfig) -> Refusal:
+    """What a CONNACK says about our credentials."""
+    refused = isinstance(error, NotWelcome) and error.code in {BAD_PASSWORD, NOT_AUTHORIZED}
+    return "credentials" if refused else ""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import socket
 import ssl
-from typing import Final
+from typing import Final, Literal
 
 from protocol.bus import Address
 
+BAD_PASSWORD: Final = 134
 NOT_AUTHORIZED: Final = 135
 TAKEN_OVER: Final = 142
 
@@ -15,7 +16,8 @@ _REFUSALS: Final = {
     132: "it does not speak this MQTT version: set broker.protocol to auto or 3.1.1",
     133: "it does not accept this client id",
     134: "wrong user name or password: check broker.username and broker.password_file",
-    NOT_AUTHORIZED: "not authorized: check the user name, password or client certificate, and the broker's access control",
+    NOT_AUTHORIZED: "not authorized: check the user name and password (broker.username, broker.password_file) or the client "
+    "certificate, and the broker's access control",
     136: "it is not available now",
     137: "it is busy",
     138: "this client is banned: ask the broker's operator",
@@ -49,6 +51,15 @@ def parting(code: int, name: str, address: Address) -> str:
     return f"the broker at {address} disconnected us: {_PARTINGS.get(code, name)}"
 
 
+def denial(access: Literal["read", "write"], topic: str, code: int, address: Address) -> str:
+    """The broker refused a PUBLISH or SUBSCRIBE, with the line for mosquitto's acl_file that would allow it."""
+    levels = topic.split("/")
+    ours = next((i for i, level in enumerate(levels) if level in {"up", "down", "c"}), len(levels) - 1)
+    wanted = topic if ours == len(levels) - 1 else "/".join([*levels[: ours + 1], "#"])
+    done = "our message to" if access == "write" else "us the topic"
+    return f"the broker at {address} denies {done} {topic} (code {code}): allow it, as in `topic {access} {wanted}`"
+
+
 def broken(address: Address, *, welcomed: bool, detail: str) -> str:
     """The connection ended without a word; `detail` is what the socket said, if anything."""
     ending = f" ({detail})" if detail else ""
@@ -57,8 +68,13 @@ def broken(address: Address, *, welcomed: bool, detail: str) -> str:
     if address.tls:
         advice = "if it asks for client certificates, set broker.cert_file and broker.key_file"
     else:
-        advice = "if it speaks TLS there, write mqtts:// in broker.url"
+        advice = "if it speaks TLS there, write mqtts:// in broker.url; or its max_connections are reached"
     return f"the broker at {address} closed the connection without a welcome{ending}: {advice}"
+
+
+def unsteady(reason: str, client_id: str) -> str:
+    """Connections are welcomed and do not last; the commonest cause is one that older brokers do not tell."""
+    return f"{reason}; it happens again and again: does another process carry the id {client_id}, from a copied configuration?"
 
 
 def silent(address: Address, waited_s: float) -> str:

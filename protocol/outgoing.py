@@ -1,4 +1,7 @@
-"""Control messages on their way out: wrapped, put in one queue, published in order by one task.
+"""Control messages on their way out: wrapped, put in one queue, published in order.
+
+Up to IN_FLIGHT of them wait for the broker's acknowledgement at once: a link with a round trip of seconds costs a thousand
+agents' plans some round trips, not a thousand.  MQTT keeps the order of one connection's publishes.
 
 Nobody who decides waits for the network, so saying is enqueueing.  What a lost connection swallows is not kept: both daemons
 say everything that still matters again on the next connection.
@@ -10,6 +13,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable
+from typing import Final
 
 from protocol import codec
 from protocol.bus import Bus, BusError, NotConnected, Will
@@ -17,15 +21,19 @@ from protocol.daemon import OncePer
 from protocol.errors import BadMessage
 from protocol.messages import Body
 
+IN_FLIGHT: Final = 20
+"""As many as a broker takes by default (its Receive Maximum); a smaller limit holds them back in the client."""
+
 logger = logging.getLogger(__name__)
 
 
 class Outgoing:
-    """What one daemon says, in one session.  `session` (16 hex digits) is new with each process."""
+    """What one daemon says, in one session.  `session` (16 hex digits) is new with each process; `seal` may sign (topic, bytes)."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], seal: Callable[[str, bytes], bytes] | None = None) -> None:
         self.session = secrets.token_hex(8)
         self._clock = clock
+        self._seal = seal or (lambda _topic, payload: payload)
         self._sent = 0
         self._queue: asyncio.Queue[tuple[str, bytes, int, bool]] = asyncio.Queue()
         self._complaints = OncePer()
@@ -37,12 +45,12 @@ class Outgoing:
 
     def will(self, topic: str, body: Body) -> Will:
         """The words for the case that we vanish."""
-        return Will(topic, self.encode(body))
+        return Will(topic, self._seal(topic, self.encode(body)))
 
     def say(self, topic: str, body: Body, *, qos: int = 1, retain: bool = False) -> None:
         """Publish a message after everything said before.  One that no receiver would take is named in the log instead."""
         try:
-            payload = self.encode(body)
+            payload = self._seal(topic, self.encode(body))
         except BadMessage as error:
             logger.error("not said: %s", error, extra={"action": "publish_refused", "topic": topic})
             return
@@ -54,19 +62,25 @@ class Outgoing:
 
     async def run(self, bus: Bus) -> None:
         """Publish what is said, until cancelled."""
-        while True:
-            topic, payload, qos, retain = await self._queue.get()
-            try:
-                await bus.publish(topic, payload, qos=qos, retain=retain)
-            except NotConnected:
-                pass
-            except BusError as error:
-                if self._complaints(topic, self._clock()) is not None:
-                    logger.error("%s", error, extra={"action": "publish_refused", "topic": topic})
+        room = asyncio.Semaphore(IN_FLIGHT)
+        async with asyncio.TaskGroup() as publishing:
+            while True:
+                await room.acquire()
+                said = await self._queue.get()
+                publishing.create_task(self._publish(bus, *said)).add_done_callback(lambda _: room.release())
+
+    async def _publish(self, bus: Bus, topic: str, payload: bytes, qos: int, retain: bool) -> None:
+        try:
+            await bus.publish(topic, payload, qos=qos, retain=retain)
+        except NotConnected:
+            pass
+        except BusError as error:
+            if self._complaints(topic, self._clock()) is not None:
+                logger.error("%s", error, extra={"action": "publish_refused", "topic": topic})
 
     async def goodbye(self, bus: Bus, topic: str, body: Body) -> None:
         """The last words, retained, past the queue; without a broker nobody hears them."""
         try:
-            await bus.publish(topic, self.encode(body), retain=True)
+            await bus.publish(topic, self._seal(topic, self.encode(body)), retain=True)
         except BusError as error:
             logger.debug("goodbye not said", extra={"action": "goodbye_failed", "error": str(error)})

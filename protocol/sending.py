@@ -24,6 +24,10 @@ MAX_GRANT_CHUNKS: Final = 256
 """A grant above the largest window is no honest receiver's."""
 
 
+MAX_POSTPONED_S: Final = 3600.0
+"""No receiver puts an update off for longer: it would be as good as lost."""
+
+
 class SendChunk(msgspec.Struct, frozen=True):
     """Read `length` bytes at `offset` of the blob and publish them (QoS 0) to `peer` as chunk `index`."""
 
@@ -161,7 +165,7 @@ class Uploads:
         """Refused for the moment: offer again after `retry_after_s`."""
         upload = self._uploads.get(xfer)
         if upload is not None:
-            upload.tries, upload.due_at = 0, now + retry_after_s
+            upload.tries, upload.due_at = 0, now + min(retry_after_s, MAX_POSTPONED_S)
 
     def reset(self, now: float) -> list[SendOffer]:
         """The coordinator was reborn or the bus is new: offer everything again at once."""

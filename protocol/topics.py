@@ -124,7 +124,7 @@ class Topics:
         """Say who spoke and about what.  Raises BadMessage for any topic outside the tree."""
         prefix, rest = self.root + "/", topic[len(self.root) + 1 :]
         if not topic.startswith(prefix) or len(topic) > MAX_TOPIC_BYTES:
-            raise BadMessage(f"topic outside the fleet's tree: {topic[:80]!r}")
+            raise BadMessage(f"topic outside the fleet's tree: {topic[:80]!r}", "bad_topic")
         match rest.split("/"):
             case ["a", agent, "up", leaf] if is_id(agent) and leaf in UP_LEAVES:
                 return FromAgent(agent, leaf)
@@ -140,4 +140,4 @@ class Topics:
                 return FromCoordinator("job", job)
             case ["c", "blob", xfer] if is_xfer(xfer):
                 return FromCoordinator("blob", xfer)
-        raise BadMessage(f"no such topic in this protocol: {topic[:80]!r}")
+        raise BadMessage(f"no such topic in this protocol: {topic[:80]!r}", "bad_topic")

@@ -372,12 +372,12 @@ class Receiving:
         if transfer.tries < self.max_tries:
             self._want(peer)
             return []
-        xfer, n = transfer.blob.xfer, transfer.wanted.count
+        n, size = transfer.wanted.count, transfer.unit_bytes
+        hint = "" if transfer.pace_s else f": does the broker pass on chunks of {size} bytes?  See broker.chunk_bytes"
         self._remove(transfer)
         self.counts.n_given_up += 1
-        return [
-            GaveUp(peer.name, xfer, f"{peer.name} sent nothing after {self.max_tries} grants; {n} chunks are missing")
-        ]
+        reason = f"{peer.name} sent nothing after {self.max_tries} grants; {n} chunks are missing{hint}"
+        return [GaveUp(peer.name, transfer.blob.xfer, reason)]
 
     def check(self) -> None:
         """Assert every invariant; cost O(chunks), for tests."""

@@ -43,8 +43,11 @@ def test_what_was_exported_is_what_is_read(good: Path, tmp_path: Path) -> None:
     found = read_peft(tmp_path / "out")
     assert found.keys() == ADAPTER.keys()
     for name, factors in ADAPTER.items():
-        np.testing.assert_array_equal(found[name].a, factors.a)
-        np.testing.assert_array_equal(found[name].b, factors.b)
+        rank = factors.rank  # beyond it there are zeros, so that all matrices have one rank
+        np.testing.assert_array_equal(found[name].a[:rank], factors.a)
+        np.testing.assert_array_equal(found[name].b[:, :rank], factors.b)
+        assert not found[name].a[rank:].any()
+        assert not found[name].b[:, rank:].any()
 
 
 @pytest.mark.parametrize(
@@ -79,15 +82,41 @@ def crowd(path: Path) -> None:
             tar.addfile(member(f"f{i}"), io.BytesIO())
 
 
+def bomb(path: Path) -> None:
+    """A kilobyte of gzip that holds a megabyte of zeros."""
+    with tarfile.open(path, "w:gz") as tar:
+        info = member("adapter_model.safetensors")
+        info.size = 2**20
+        tar.addfile(info, io.BytesIO(bytes(info.size)))
+
+
+def hole(path: Path) -> None:
+    """A sparse file, told in some bytes, of a terabyte."""
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        info = member("adapter_model.safetensors")
+        info.pax_headers = {"GNU.sparse.size": str(2**40), "GNU.sparse.map": f"{2**40},0"}
+        tar.addfile(info, io.BytesIO())
+
+
+def odd(path: Path) -> None:
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        info = member("fedpipe.json")
+        info.pax_headers = {"path": "a\0b"}
+        tar.addfile(info, io.BytesIO())
+
+
 @pytest.mark.parametrize(
     ("spoil", "word"),
     [
+        (bomb, "no adapter of ours"),
+        (hole, "more bytes than it has"),
+        (odd, "no adapter of ours"),
         (lambda path: path.write_bytes(b"<html>no tar</html>"), "no adapter of ours"),
         (lambda path: path.write_bytes(path.read_bytes()[:1500]), "no adapter of ours"),
         (lambda path: tarfile.open(path, "w").close(), "no adapter of ours"),
-        (crowd, "65 files"),
+        (crowd, "more than 64 files"),
     ],
-    ids=["html", "cut", "empty", "crowd"],
+    ids=["bomb", "hole", "odd", "html", "cut", "empty", "crowd"],
 )
 def test_what_is_no_adapter_is_refused(good: Path, tmp_path: Path, spoil: Callable[[Path], object], word: str) -> None:
     spoil(good)

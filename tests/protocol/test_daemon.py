@@ -188,9 +188,12 @@ def test_nothing_is_lost_in_the_counting(calls: list[tuple[str, float]]) -> None
 
 def test_many_keys_do_not_fill_the_memory() -> None:
     once = OncePer(60.0, max_keys=10)
-    for n in range(1000):
-        assert once(str(n), 0.0) == 0
-    assert len(once._held) <= 10
+    told = [once(str(n), 0.0) for n in range(1000)]
+    assert told[:11] == [0] * 11, "ten by name, and one for all the others"
+    assert told[11:] == [None] * 989
+    assert len(once._held) == 11
+    assert once("999", 61.0) == 0
+    assert len(once._held) == 1, "the old ones are forgotten"
 
 
 # ------------------------------------------------------------------------------------------------------------- systemd

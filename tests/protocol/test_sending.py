@@ -138,6 +138,9 @@ def test_a_postponed_offer_comes_back_when_it_was_told_to() -> None:
     uploads.add(offer(MODEL), 0)
     uploads.postponed(A, 600, 1)
     assert uploads.wake_at == 601
+    uploads.postponed(A, 1e9, 1)
+    assert uploads.wake_at == 3601, "nobody puts it off for ever"
+    uploads.postponed(A, 600, 1)
     assert uploads.tick(601) == [SendOffer(offer(MODEL))]
 
 
