@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -17,33 +18,38 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from coordinator.config import Web
+from coordinator.page import is_page
 from protocol.errors import BadConfig
 
 HEALTH: Final = "/v1/health"
 
 
 class TokenMiddleware:
-    """Lets in who has the bearer token; without one, who asks on this machine and is no other site's page."""
+    """Lets in who has the bearer token; without one, who asks on this machine and is no other site's page.
 
-    def __init__(self, app: ASGIApp, token: str) -> None:
+    The files of the operator's page are for everyone: they hold nothing, and what they then ask for is judged by itself.
+    """
+
+    def __init__(self, app: ASGIApp, token: Callable[[], str]) -> None:
         self._app, self._token = app, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
         headers = Headers(scope=scope)
-        if scope.get("path") == HEALTH:
+        if (path := str(scope.get("path"))) == HEALTH or is_page(path):
             refusal = None
-        elif self._token:
-            refusal = self._wrong_token(headers.get("authorization", ""))
+        elif token := self._token():
+            refusal = _wrong_token(headers.get("authorization", ""), token)
         else:
             refusal = _stranger(headers)
         await (refusal or self._app)(scope, receive, send)
 
-    def _wrong_token(self, given: str) -> Response | None:
-        if hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
-            return None
-        text = "a bearer token is needed here: give --token-file or FEDPIPE_TOKEN_FILE"
-        return JSONResponse({"error": text}, 401, {"www-authenticate": "Bearer"})
+
+def _wrong_token(given: str, token: str) -> Response | None:
+    if hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+        return None
+    text = "a bearer token is needed here: give --token-file or FEDPIPE_TOKEN_FILE"
+    return JSONResponse({"error": text}, 401, {"www-authenticate": "Bearer"})
 
 
 def _stranger(headers: Headers) -> Response | None:

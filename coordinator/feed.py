@@ -80,13 +80,20 @@ class Progressed(News, frozen=True, kw_only=True, tag="progress"):
     agents: dict[str, Progress]
 
 
+class BrokerMoved(News, frozen=True, kw_only=True, tag="broker"):
+    """The connection to the broker came or went; `fault` says why it is gone."""
+
+    connected: bool
+    fault: str = ""
+
+
 class Missed(News, frozen=True, kw_only=True, tag="missed"):
     """You read too slowly: so many of your oldest news are lost.  Read the views."""
 
     n: int
 
 
-AnyNews = Listening | JobMoved | ShareMoved | AgentMoved | RoundClosed | Progressed | Missed
+AnyNews = Listening | JobMoved | ShareMoved | AgentMoved | RoundClosed | Progressed | BrokerMoved | Missed
 
 
 def news(events: Iterable[ev.Happened], wishes: Iterable[act.Wish], state: FleetState, now: float) -> list[AnyNews]:
@@ -225,6 +232,7 @@ class Feed:
         clock, presence = self._coordinator.clock, self._coordinator.presence
         said: dict[str, Progress] = {}
         spoke_at = progress_at = clock()
+        connected = self._coordinator.connected
         with self.listen() as listener:
             yield sse(Listening(at=spoke_at))
             while not listener.closed:
@@ -235,6 +243,9 @@ class Feed:
                     moved = {a: p for a, p in presence.progress.items() if said.get(a) != p}
                     said = dict(presence.progress)
                     batch += [Progressed(at=now, agents=moved)] if moved else []
+                if connected != self._coordinator.connected:
+                    connected = self._coordinator.connected
+                    batch.append(BrokerMoved(at=now, connected=connected, fault=self._coordinator.bus_fault))
                 if batch:
                     spoke_at = now
                     yield b"".join(map(sse, batch))

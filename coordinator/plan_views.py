@@ -14,6 +14,7 @@ from coordinator.core.choice import Choice, Prediction
 from coordinator.core.plans import phase_text
 from coordinator.core.spec import JobSpec
 from coordinator.core.state import ENDED, JobState, Member, RoundPlan, RoundRecord
+from coordinator.heatmap import grid
 from coordinator.views import View
 
 
@@ -82,6 +83,10 @@ class PlanView(View, frozen=True, kw_only=True):
     """Agents that cannot take part, with the reason."""
     notes: list[str] = []
     matrices: list[str] = []
+    layers: list[int | None] = []
+    kinds: list[str] = []
+    places: list[tuple[int, int]] = []
+    """Of each of the matrices: its row in `layers` (None: outside of them) and its column in `kinds`."""
     agents: dict[str, AgentPlan] = {}
 
 
@@ -90,6 +95,12 @@ def plan_view(job: JobState, plan: RoundPlan, rounds: Iterable[RoundRecord], now
     trained = [record for record in rounds if record.purpose == "train"]
     expected = [choice.predicted for choice in plan.choices.values() if choice.predicted]
     agents = sorted(plan.choices)
+    found = grid(m.name for m in job.matrices)
+    places = {
+        name: (found.layers.index(at[0]), found.kinds.index(at[1]))
+        for at, names in found.names.items()
+        for name in names
+    }
     return PlanView(
         now=now,
         job=job.spec.job.name,
@@ -105,6 +116,9 @@ def plan_view(job: JobState, plan: RoundPlan, rounds: Iterable[RoundRecord], now
         left_out=plan.left_out,
         notes=plan.notes,
         matrices=[m.name for m in job.matrices],
+        layers=found.layers,
+        kinds=found.kinds,
+        places=[places[m.name] for m in job.matrices],
         agents={a: _agent(a, plan.choices[a], job.spec, job.members.get(a, Member()), trained) for a in agents},
     )
 

@@ -18,12 +18,23 @@ class Presence:
         self._limit_s = SILENT_BEATS * heartbeat_s
         self._heard_at: dict[str, float] = {}
         self.progress: dict[str, Progress] = {}
+        self._sessions: dict[str, tuple[str, str]] = {}
 
     def heard(self, agent: str, now: float, progress: Progress | None = None) -> None:
         """An agent said something."""
         self._heard_at[agent] = now
         if progress is not None:
             self.progress[agent] = progress
+
+    def is_twin(self, agent: str, session: str) -> bool:
+        """Whether this birth is of a process that another had taken the place of: two live under one name.
+
+        A process has one session for all its life, so a session that comes back after another one says it.
+        """
+        last, before = self._sessions.get(agent, ("", ""))
+        if session != last:
+            self._sessions[agent] = (session, last)
+        return session not in {last, ""} and session == before
 
     def heard_at(self, agent: str) -> float | None:
         """When the agent last said anything, in this process's life."""

@@ -8,12 +8,14 @@ older server must stay readable.  Nothing in here is secret; a broker's address 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from coordinator.activity import Activity
 from coordinator.core.plans import phase_text
-from coordinator.core.state import AgentState, JobState, Member, Phase, Purpose, Round, RoundRecord, Share
+from coordinator.core.state import AgentState, Cause, JobState, Member, Phase, Purpose, Round, RoundRecord, Share
+from coordinator.past import CostView, Evaluations, Past, evaluations, mean_loss, with_round
 from coordinator.presence import Presence
 from protocol.bus import parse_url
 from protocol.messages import TERMINAL, Evaluated, ExecState, Progress, Report
@@ -21,9 +23,6 @@ from protocol.messages import TERMINAL, Evaluated, ExecState, Progress, Report
 if TYPE_CHECKING:
     from coordinator.daemon import Coordinator
     from coordinator.store import Version
-
-Evaluations: TypeAlias = dict[int, dict[str, Evaluated]]
-"""version -> agent -> what it measured on its own held-out text."""
 
 Remaining = Callable[[str, str], int | None]
 """(agent, transfer) -> chunks still to come, None for a transfer that is not open."""
@@ -34,7 +33,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AgentView(View, frozen=True, kw_only=True):
-    """One agent: whether it is there, what it works on, how far it is, what its server has to give."""
+    """One agent: whether it is there, what it does or why it is idle, how far it is, what its server has to give."""
 
     id: str
     online: bool
@@ -43,6 +42,7 @@ class AgentView(View, frozen=True, kw_only=True):
     software: str = ""
     methods: list[str] = []
     task: str = ""
+    doing: str = ""
     heard_at: float | None = None
     progress: Progress | None = None
     report: Report | None = None
@@ -63,7 +63,7 @@ class MemberView(View, frozen=True, kw_only=True):
 
 
 class ShareView(View, frozen=True, kw_only=True):
-    """One agent's part of the open round.  `bytes_up` of the `size_up` it offered are here."""
+    """One agent's part of the open round.  `bytes_up` of the `size_up` it offered are here; `entered`: state -> since when."""
 
     state: str
     reason: str = ""
@@ -77,6 +77,9 @@ class ShareView(View, frozen=True, kw_only=True):
     bytes_down: int = 0
     train_s: float = 0.0
     wall_s: float = 0.0
+    assigned_at: float = 0.0
+    entered: dict[ExecState, float] = {}
+    ended_at: float = 0.0
     progress: Progress | None = None
     evaluated: Evaluated | None = None
 
@@ -107,6 +110,8 @@ class VersionView(View, frozen=True, kw_only=True):
     dropped_ratio: float
     loss: float | None = None
     n_evaluated: int = 0
+    kept: bool = True
+    """Whether its files are still there to be exported."""
 
 
 class JobShort(View, frozen=True, kw_only=True):
@@ -120,12 +125,17 @@ class JobShort(View, frozen=True, kw_only=True):
     version: int
     submitted_at: float
     ended_at: float = 0.0
+    cause: Cause | None = None
+    """Of a failed job."""
     n_agents: int = 0
     n_done: int = 0
 
 
 class JobView(View, frozen=True, kw_only=True):
-    """A whole job.  `text` says in one line where it stands and why; `round` counts finished rounds."""
+    """A whole job.  `text` says in one line where it stands and why; `round` counts finished rounds.
+
+    `history` and `evaluations` are without the first n_skipped rounds that ended, each attempt counted, if the reader asked so.
+    """
 
     now: float
     name: str
@@ -143,12 +153,16 @@ class JobView(View, frozen=True, kw_only=True):
     since: float
     submitted_at: float
     ended_at: float = 0.0
+    cause: Cause | None = None
+    """Of a failed job."""
     n_matrices: int = 0
     members: dict[str, MemberView] = {}
     current: RoundView | None = None
     history: list[RoundRecord] = []
     evaluations: Evaluations = {}
     versions: list[VersionView] = []
+    n_skipped: int = 0
+    cost: CostView = CostView()
 
 
 class BrokerView(View, frozen=True, kw_only=True):
@@ -171,6 +185,9 @@ class FleetView(View, frozen=True, kw_only=True):
     counts: dict[str, int] = {}
     sent_bytes: int = 0
     received_bytes: int = 0
+    disk: str = "ok"
+    """ok, low or refused; see coordinator/disk.py."""
+    disk_reason: str = ""
 
 
 # ------------------------------------------------------------------------------------------------------------- fleet
@@ -179,7 +196,7 @@ class FleetView(View, frozen=True, kw_only=True):
 def fleet_view(coordinator: Coordinator) -> FleetView:
     """The whole fleet.  Cost: linear in agents and jobs."""
     state, moved = coordinator.fleet.state, coordinator.exchange.receiving.counts
-    wrong = {"bad_message": coordinator.n_bad_messages, "stray_chunk": moved.n_stray, "bad_chunk": moved.n_bad}
+    wrong = {**coordinator.intake.gate.counts, "stray_chunk": moved.n_stray, "bad_chunk": moved.n_bad}
     return FleetView(
         now=coordinator.clock(),
         fleet=coordinator.config.fleet,
@@ -189,21 +206,24 @@ def fleet_view(coordinator: Coordinator) -> FleetView:
             connected=coordinator.connected,
             fault=coordinator.bus_fault,
         ),
-        agents=agent_views(state.agents, coordinator.presence),
+        agents=agent_views(state.agents, coordinator.presence, state.jobs.values()),
         jobs=[job_short(job) for job in state.jobs.values()],
         counts=state.counts | {kind: n for kind, n in wrong.items() if n},
         sent_bytes=coordinator.exchange.n_sent_bytes,
         received_bytes=moved.n_bytes,
+        disk=coordinator.disk.state,
+        disk_reason=coordinator.disk.reason,
     )
 
 
-def agent_views(agents: Mapping[str, AgentState], presence: Presence) -> list[AgentView]:
-    """All agents that were ever seen, by name."""
-    return [agent_view(agents[name], presence) for name in sorted(agents)]
+def agent_views(agents: Mapping[str, AgentState], presence: Presence, jobs: Iterable[JobState] = ()) -> list[AgentView]:
+    """All agents that were ever seen, by name.  Cost: linear in agents times jobs under way."""
+    activity = Activity(jobs)
+    return [_agent(agents[name], presence, activity) for name in sorted(agents)]
 
 
-def agent_view(agent: AgentState, presence: Presence) -> AgentView:
-    """One agent."""
+def _agent(agent: AgentState, presence: Presence, activity: Activity) -> AgentView:
+    progress = presence.progress.get(agent.id)
     return AgentView(
         id=agent.id,
         online=agent.online,
@@ -212,8 +232,9 @@ def agent_view(agent: AgentState, presence: Presence) -> AgentView:
         software=agent.software,
         methods=agent.methods,
         task=agent.task,
+        doing=activity.of(agent, progress),
         heard_at=presence.heard_at(agent.id),
-        progress=presence.progress.get(agent.id),
+        progress=progress,
         report=agent.report,
     )
 
@@ -233,6 +254,7 @@ def job_short(job: JobState) -> JobShort:
         version=job.version,
         submitted_at=job.submitted_at,
         ended_at=job.ended_at,
+        cause=job.cause,
         n_agents=len(shares),
         n_done=sum(share.state is ExecState.DONE for share in shares),
     )
@@ -240,20 +262,22 @@ def job_short(job: JobState) -> JobShort:
 
 def job_view(
     job: JobState,
-    rounds: list[RoundRecord],
+    past: Past,
     versions: Iterable[Version],
     *,
     presence: Presence,
     remaining: Remaining,
     now: float,
+    skip: int = 0,
 ) -> JobView:
-    """A whole job with its history.  Cost: linear in shares of all rounds."""
-    measured = evaluations(rounds, job.round)
+    """A whole job with its history, but for the first `skip` ended rounds.  Cost: linear in shares of the others."""
+    measured, rest = with_round(past.evaluations, job.round), past.rounds[skip:]
     return JobView(
         now=now,
         name=job.spec.job.name,
         phase=job.phase,
         reason=job.reason,
+        cause=job.cause,
         text=phase_text(job),
         method=job.spec.job.method,
         base=job.spec.model.source,
@@ -269,28 +293,12 @@ def job_view(
         n_matrices=len(job.matrices),
         members={agent: _member(member) for agent, member in sorted(job.members.items())},
         current=_round(job, job.round, presence, remaining, now) if job.round else None,
-        history=rounds,
-        evaluations=measured,
+        history=rest,
+        evaluations=with_round(evaluations(rest), job.round) if skip else measured,
         versions=version_views(versions, measured),
+        n_skipped=len(past.rounds) - len(rest),
+        cost=past.cost,
     )
-
-
-def evaluations(rounds: Iterable[RoundRecord], current: Round | None = None) -> Evaluations:
-    """What every agent measured of every version; of two measurements of one version the later counts."""
-    shares: list[tuple[str, Evaluated | None]] = [
-        (agent, share.evaluated) for record in rounds for agent, share in record.shares.items()
-    ]
-    shares += [(agent, share.evaluated) for agent, share in current.shares.items()] if current else []
-    found: Evaluations = {}
-    for agent, evaluated in shares:
-        if evaluated:
-            found.setdefault(evaluated.version, {})[agent] = evaluated
-    return dict(sorted(found.items()))
-
-
-def mean_loss(measured: Mapping[str, Evaluated]) -> float | None:
-    """Mean over agents, each counting the same; None when nobody measured."""
-    return sum(e.loss for e in measured.values()) / len(measured) if measured else None
 
 
 def version_views(versions: Iterable[Version], measured: Evaluations) -> list[VersionView]:
@@ -306,6 +314,7 @@ def version_views(versions: Iterable[Version], measured: Evaluations) -> list[Ve
             dropped_ratio=v.dropped_ratio,
             loss=mean_loss(measured.get(v.version, {})),
             n_evaluated=len(measured.get(v.version, {})),
+            kept=v.kept,
         )
         for v in versions
     ]
@@ -357,6 +366,9 @@ def _share(share: Share, progress: Progress | None, remaining: Remaining, now: f
         bytes_down=offer.bytes_down if offer else 0,
         train_s=offer.train_s if offer else 0.0,
         wall_s=max(0.0, (share.ended_at or now) - share.assigned_at) if share.assigned_at else 0.0,
+        assigned_at=share.assigned_at,
+        entered=share.entered,
+        ended_at=share.ended_at,
         progress=None if ended else progress,
         evaluated=share.evaluated,
     )

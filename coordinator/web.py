@@ -3,13 +3,17 @@
 Loopback unless told otherwise, and a public address demands a token (coordinator/access.py).  An answer is JSON, an error
 {"error": "what to do next"}, and the trace of a fault of ours stays in our log.
 
+    GET  /                                                 the operator's page, see coordinator/page/
     GET  /v1/health                                        needs no token
+    GET  /v1/openapi.json                                  all of this for programs, see coordinator/openapi.py
     GET  /v1/fleet  /v1/agents  /v1/jobs  /v1/jobs/{name}  /v1/jobs/{name}/versions
+         /v1/jobs/{name}?skip=N                            without the first N ended rounds
          /v1/jobs/{name}/plan                              who does what and why; 404 while there is none
     POST /v1/jobs                                          a job file; 201, 409 for a name that is taken
     POST /v1/jobs/{name}/cancel
     GET  /v1/jobs/{name}/adapter?version=N                 a tar of the PEFT folder
     GET  /v1/events                                        server-sent events, see coordinator/feed.py
+    GET  /metrics                                          for Prometheus, see coordinator/metrics.py
 """
 
 from __future__ import annotations
@@ -19,11 +23,11 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
 import msgspec
-import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -31,26 +35,35 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from coordinator import views
-from coordinator.access import HEALTH, TokenMiddleware, read_token
+from coordinator import metrics, views
+from coordinator.access import HEALTH, TokenMiddleware, is_loopback, read_token
+from coordinator.audit import LOCAL
+from coordinator.audited import WHAT, AuditMiddleware
 from coordinator.config import Web
 from coordinator.core.events import JobCancelled
-from coordinator.core.state import ENDED, JobState, RoundRecord
+from coordinator.core.state import ENDED, JobState
 from coordinator.exporting import pick
 from coordinator.feed import Feed
+from coordinator.https import Server
+from coordinator.openapi import document
+from coordinator.page import page_routes
+from coordinator.past import Past, look_back, with_round
 from coordinator.plan_views import plan_view, unplanned_text
 from coordinator.store import Version
 from coordinator.submission import Taken, parse_job, submit
 from coordinator.tarball import adapter_tar
+from coordinator.trust.desk import Counter
+from coordinator.trust.office import Refused
 from protocol import SOFTWARE
+from protocol.blobs import disk
 from protocol.errors import BadConfig, OutsideFault, Unavailable
 from protocol.files import replacing
+from protocol.metrics import CONTENT_TYPE, PATH, exposition
 
 if TYPE_CHECKING:
     from coordinator.daemon import Coordinator
 
 MAX_JOB_BYTES: Final = 2**20
-STOP_S: Final = 2
 READ_BYTES: Final = 2**18
 
 logger = logging.getLogger(__name__)
@@ -72,6 +85,8 @@ def _refuse(request: Request, error: Exception) -> Response:
             return answer({"error": detail}, status)
         case Taken():
             return answer({"error": str(error)}, 409)
+        case Refused(status=status):
+            return answer({"error": str(error)}, status)
         case BadConfig():
             return answer({"error": str(error)}, 422)
         case OutsideFault() | OSError():
@@ -91,6 +106,7 @@ class Api:
         """Every path with its method."""
         return [
             Route(HEALTH, self.health),
+            Route("/v1/openapi.json", self.openapi),
             Route("/v1/fleet", self.fleet),
             Route("/v1/agents", self.agents),
             Route("/v1/events", self.events),
@@ -104,8 +120,19 @@ class Api:
         ]
 
     async def health(self, _request: Request) -> Response:
-        """The process answers."""
-        return answer({"status": "ok", "software": SOFTWARE})
+        """The process answers; `disk` is one of disk.DiskState, and why it is not "ok" is in /v1/fleet; `audit` is a Head."""
+        coordinator = self._coordinator
+        told = {
+            "status": "ok",
+            "software": SOFTWARE,
+            "disk": coordinator.disk.state,
+            "audit": str(coordinator.audit.head),
+        }
+        return answer(told)
+
+    async def openapi(self, _request: Request) -> Response:
+        """This API, described for programs."""
+        return answer(document(self.routes(), SOFTWARE))
 
     async def fleet(self, _request: Request) -> Response:
         """See views.FleetView."""
@@ -113,7 +140,7 @@ class Api:
 
     async def agents(self, _request: Request) -> Response:
         """A list of views.AgentView."""
-        return answer(views.agent_views(self._coordinator.fleet.state.agents, self._coordinator.presence))
+        return answer(self._agents())
 
     async def jobs(self, _request: Request) -> Response:
         """A list of views.JobShort."""
@@ -125,29 +152,31 @@ class Api:
         return StreamingResponse(self._feed.stream(), media_type="text/event-stream", headers=headers)
 
     async def job(self, request: Request) -> Response:
-        """See views.JobView."""
-        job, rounds, versions = await self._told(request)
+        """See views.JobView; of a long history only what comes after the first `skip` rounds."""
+        skip = _number(request, "skip") or 0
+        job, past, versions = await self._told(request)
         view = views.job_view(
             job,
-            rounds,
+            past,
             versions,
             presence=self._coordinator.presence,
             remaining=self._coordinator.exchange.receiving.remaining,
             now=self._coordinator.clock(),
+            skip=skip,
         )
         return answer(view)
 
     async def versions(self, request: Request) -> Response:
         """A list of views.VersionView, oldest first."""
-        job, rounds, versions = await self._told(request)
-        return answer(views.version_views(versions, views.evaluations(rounds, job.round)))
+        job, past, versions = await self._told(request)
+        return answer(views.version_views(versions, with_round(past.evaluations, job.round)))
 
     async def plan(self, request: Request) -> Response:
         """See plan_views.PlanView."""
-        job, rounds, _ = await self._told(request)
+        job, past, _ = await self._told(request)
         if job.plan is None:
             raise HTTPException(404, unplanned_text(job))
-        return answer(plan_view(job, job.plan, rounds, self._coordinator.clock()))
+        return answer(plan_view(job, job.plan, past.rounds, self._coordinator.clock()))
 
     async def submit(self, request: Request) -> Response:
         """Take a job file; durable when this answers."""
@@ -159,6 +188,7 @@ class Api:
         except UnicodeDecodeError as error:
             raise HTTPException(400, f"the job file is not UTF-8: {error}") from None
         spec = parse_job(text, "job file", self._coordinator.config.allow_methods)
+        request.scope[WHAT] = spec.job.name
         await submit(self._coordinator, spec)
         return answer({"name": spec.job.name}, 201)
 
@@ -174,11 +204,9 @@ class Api:
         """One version (the newest, if none is named) as a tar of a PEFT folder."""
         job = self._job(request)
         name, store = job.spec.job.name, self._coordinator.store
-        wanted = request.query_params.get("version")
-        if wanted is not None and not (wanted.isascii() and wanted.isdigit() and len(wanted) <= 9):
-            raise HTTPException(400, f"version={wanted[:40]!r} is not a number")
+        wanted = _number(request, "version")
         try:
-            version = pick(store.versions(name), int(wanted) if wanted else None)
+            version = pick(store.versions(name), wanted)
         except BadConfig as error:
             raise HTTPException(404, str(error)) from None
         rounds = await asyncio.to_thread(store.rounds, name)
@@ -193,17 +221,27 @@ class Api:
         }
         return StreamingResponse(_blocks(tar), media_type="application/x-tar", headers=headers)
 
-    async def _told(self, request: Request) -> tuple[JobState, list[RoundRecord], list[Version]]:
+    def _agents(self) -> list[views.AgentView]:
+        state = self._coordinator.fleet.state
+        return views.agent_views(state.agents, self._coordinator.presence, state.jobs.values())
+
+    def _devices(self) -> dict[str, str]:
+        """What each agent says that it trains on."""
+        reports = {agent.id: agent.report for agent in self._coordinator.fleet.state.agents.values()}
+        return {id_: report.allowance.device for id_, report in reports.items() if report and report.allowance}
+
+    async def _told(self, request: Request) -> tuple[JobState, Past, list[Version]]:
         """A job, its ended rounds and its versions as of one moment: a job that moves on meanwhile is read again."""
         store = self._coordinator.store
         while True:
             job = self._job(request)
             name, moment = job.spec.job.name, (job.phase, job.round_number, job.attempt)
-            rounds = await asyncio.to_thread(store.rounds, name)
+            devices = self._devices()
+            past = await asyncio.to_thread(lambda: look_back(store.rounds(name), devices))  # noqa: B023 - awaited here
             versions = await asyncio.to_thread(store.versions, name)
             job = self._job(request)
             if moment == (job.phase, job.round_number, job.attempt):
-                return job, rounds, versions
+                return job, past, versions
 
     def _job(self, request: Request) -> JobState:
         name = str(request.path_params["name"])
@@ -211,6 +249,16 @@ class Api:
         if job is None:
             raise HTTPException(404, f"there is no job {name[:80]!r}: /v1/jobs (or fedpipe jobs) lists them")
         return job
+
+
+def _number(request: Request, name: str) -> int | None:
+    """A whole number of the query; None where it is not given."""
+    given = request.query_params.get(name)
+    if given is None:
+        return None
+    if not (given.isascii() and given.isdigit() and len(given) <= 9):
+        raise HTTPException(400, f"{name}={given[:40]!r} is not a number")
+    return int(given)
 
 
 def _blocks(file: IO[bytes]) -> Iterator[bytes]:
@@ -231,12 +279,29 @@ async def _body(request: Request) -> bytes:
 # -------------------------------------------------------------------------------------------------------------- server
 
 
-def api(coordinator: Coordinator, feed: Feed, token: str = "") -> Starlette:
-    """The ASGI application."""
+def scraped(coordinator: Coordinator) -> Route:
+    """Where Prometheus asks, under the same rule as everybody else."""
+
+    async def told(_request: Request) -> Response:
+        return Response(exposition(metrics.families(coordinator)), media_type=CONTENT_TYPE)
+
+    return Route(PATH, told)
+
+
+def actor(coordinator: Coordinator) -> str:
+    """Who asks with the present token: by the name of its file; without one whoever is on this machine."""
+    return f"token:{Path(coordinator.config.web.token_file).name}" if coordinator.token else LOCAL
+
+
+def api(coordinator: Coordinator, feed: Feed) -> Starlette:
+    """The ASGI application; it takes the token that the coordinator has at the moment of a request."""
     handlers: dict[Any, Any] = dict.fromkeys((HTTPException, OutsideFault, OSError, Exception), _refuse)
     return Starlette(
-        routes=Api(coordinator, feed).routes(),
-        middleware=[Middleware(TokenMiddleware, token=token)],
+        routes=[*page_routes(), *Counter(coordinator).routes(), *Api(coordinator, feed).routes(), scraped(coordinator)],
+        middleware=[
+            Middleware(TokenMiddleware, token=lambda: coordinator.token),
+            Middleware(AuditMiddleware, audit=coordinator.audit, actor=lambda: actor(coordinator)),
+        ],
         exception_handlers=handlers,
     )
 
@@ -253,42 +318,33 @@ def listen(config: Web) -> socket.socket:
         ) from None
 
 
-def url_of(listening: socket.socket) -> str:
+def url_of(listening: socket.socket, scheme: str = "http") -> str:
     """Where the API is reached from this machine."""
     host, port = listening.getsockname()[:2]
     loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
-    return f"http://[{loopback}]:{port}" if ":" in loopback else f"http://{loopback}:{port}"
+    return f"{scheme}://[{loopback}]:{port}" if ":" in loopback else f"{scheme}://{loopback}:{port}"
 
 
-class _Server(uvicorn.Server):
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave signals to the daemon."""
-        yield
-
-
-async def serve(coordinator: Coordinator, listening: socket.socket, token: str = "") -> None:
-    """Answer requests until cancelled; then end the streams and let running answers finish for STOP_S."""
-    feed = Feed(coordinator)
-    server = _Server(
-        uvicorn.Config(
-            api(coordinator, feed, token),
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            lifespan="off",
-            ws="none",
-            timeout_graceful_shutdown=STOP_S,
-        )
-    )
-    serving = asyncio.create_task(server.serve([listening]), name="uvicorn")
+async def serve(coordinator: Coordinator, listening: socket.socket, token: str = "", *, tls: bool = False) -> None:
+    """Answer requests until cancelled; then end the streams and let running answers finish.  `tls` needs a trust."""
+    feed, coordinator.token = Feed(coordinator), token
+    certificate = coordinator.trust.https_file if tls and coordinator.trust else None
+    server = Server(api(coordinator, feed), certificate)
+    if coordinator.trust:
+        coordinator.trust.servers.append(server)
     try:
-        await asyncio.shield(serving)
+        await server.work(listening, stopping=feed.close)
     finally:
         feed.close()
-        server.should_exit = True
-        await serving
+
+
+def speaks_tls(coordinator: Coordinator) -> bool:
+    """Whether the API is HTTPS.  Raises BadConfig where it shall be and cannot."""
+    config = coordinator.config.web
+    if config.tls == "on" and coordinator.trust is None:
+        raise BadConfig("web.tls is on and there is no authority: run `fedpipe-coordinator ca init` first")
+    public = config.tls == "auto" and coordinator.trust is not None and not is_loopback(config.host)
+    return config.tls == "on" or public
 
 
 async def serve_api(coordinator: Coordinator) -> None:
@@ -298,13 +354,15 @@ async def serve_api(coordinator: Coordinator) -> None:
     """
     config, place = coordinator.config.web, coordinator.folder / "api.json"
     token = read_token(config)
+    tls = speaks_tls(coordinator)
     listening = listen(config)
-    url = url_of(listening)
-    with replacing(place) as file:
+    url = url_of(listening, "https" if tls else "http")
+    with disk(place.parent), replacing(place) as file:
         os.fchmod(file.fileno(), 0o600)
         file.write(msgspec.json.encode({"url": url, "pid": os.getpid()}) + b"\n")
     logger.info("API at %s", url, extra={"action": "api_up", "token": bool(token)})
     try:
-        await serve(coordinator, listening, token)
+        await serve(coordinator, listening, token, tls=tls)
     finally:
-        place.unlink(missing_ok=True)
+        with suppress(OSError):
+            place.unlink(missing_ok=True)

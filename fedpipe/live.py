@@ -21,8 +21,9 @@ from rich.text import Text
 
 from coordinator.core.state import Phase, RoundRecord
 from coordinator.figures import duration_text, loss_text, plain, share_text, size_text, sparkline
+from coordinator.past import mean_loss
 from coordinator.plan_views import fleet_under_training, round_under_training
-from coordinator.views import AgentView, FleetView, JobView, MemberView, ShareView, mean_loss
+from coordinator.views import AgentView, FleetView, JobView, MemberView, ShareView
 from protocol.messages import Progress
 
 BAR_COLUMNS: Final = 16
@@ -312,6 +313,7 @@ def round_cells(job: JobView, record: RoundRecord) -> Iterator[RenderableType]:
 def notes(rows: list[Row], fleet: FleetView, job: JobView) -> list[Text]:
     """What needs a person's eye: no broker; agents that are out, gone, failed, paused or not measured, with the reason."""
     lines = [] if fleet.broker.connected else [f"no broker: {fleet.broker.fault}"]
+    lines += [f"disk {fleet.disk}: {fleet.disk_reason}"] if fleet.disk_reason else []
     lines += [f"{r.agent}: {r.note}" for r in rows if r.note and (r.state in BAD_ENDS | {"out"} or "offline" in r.note)]
     if not job.ended_at:
         lines += [f"{a.id}: paused: {why}" for a in fleet.agents if a.id in job.members and (why := paused(a))]

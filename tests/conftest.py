@@ -127,7 +127,7 @@ class Served:
     matrices = (Matrix(name="model.k", d_out=6, d_in=8), Matrix(name="model.q", d_out=8, d_in=8))
 
     def __init__(self, folder: Path, **settings: object) -> None:
-        self.config = CoordinatorConfig(state_dir=str(folder), web=Web(port=0, **settings))  # type: ignore[arg-type]
+        self.config = CoordinatorConfig(state_dir=str(folder), web=Web(**{"port": 0, **settings}))  # type: ignore[arg-type]
         self.token = read_token(self.config.web)
         self._listening = web.listen(self.config.web)
         self.url = web.url_of(self._listening)
@@ -276,6 +276,12 @@ class Served:
                 agent, ExecState.DONE, job, evaluated=Evaluated(version=version, n_samples=9, n_tokens=9, loss=loss)
             )
         self.until_phase(Phase.COMPLETED, job=job)
+
+
+@pytest.fixture(scope="session")
+def served_kind() -> type[Served]:
+    """What `serve` starts, for a fixture that shares one with several tests."""
+    return Served
 
 
 @pytest.fixture

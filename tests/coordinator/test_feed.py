@@ -12,6 +12,7 @@ from coordinator.core import events as ev
 from coordinator.feed import (
     AgentMoved,
     AnyNews,
+    BrokerMoved,
     JobMoved,
     Listener,
     Listening,
@@ -55,6 +56,14 @@ def until(news: Iterator[AnyNews], kind: type, **fields: object) -> Any:
         if isinstance(item, kind) and all(getattr(item, name) == value for name, value in fields.items()):
             return item
     raise AssertionError("the stream ended")
+
+
+def test_a_broker_that_goes_and_comes_back_is_news(served: Any, heard: Iterator[AnyNews]) -> None:
+    served.loop.call_soon_threadsafe(served.broker.stop)
+    gone = until(heard, BrokerMoved)
+    assert (gone.connected, gone.fault) == (False, "the broker was stopped")
+    served.loop.call_soon_threadsafe(served.broker.start)
+    assert until(heard, BrokerMoved).connected
 
 
 def test_a_jobs_life_is_heard_as_it_happens(served: Any, heard: Iterator[AnyNews]) -> None:

@@ -178,16 +178,22 @@ def test_a_job_is_told_as_of_one_moment(served: Served, http: httpx.Client, monk
     started(served, http)
     served.run_round("a", "b", loss=3.0)
     served.run_round("a", "b", loss=2.0)
-    read, n_read = served.coordinator.store.rounds, []
+    store, n_read = served.coordinator.store, []
 
-    def slow(job: str) -> Any:
-        found = read(job)
-        n_read.append(len(found))
-        if len(n_read) == 1:  # the disk is read in a thread; meanwhile the job goes on, to its end
-            served.finish("a", "b", loss=1.0)
-        return found
+    class Reading:
+        """The store as the API reads it."""
 
-    monkeypatch.setattr(served.coordinator.store, "rounds", slow)
+        def __getattr__(self, name: str) -> Any:
+            return getattr(store, name)
+
+        def rounds(self, job: str) -> Any:
+            found = store.rounds(job)
+            n_read.append(len(found))
+            if len(n_read) == 1:  # the disk is read in a thread; meanwhile the job goes on, to its end
+                served.finish("a", "b", loss=1.0)
+            return found
+
+    monkeypatch.setattr(served.coordinator, "store", Reading())
     seen = http.get("/v1/jobs/j").json()
     assert (n_read[0], seen["phase"], sorted(seen["evaluations"])) == (2, "completed", ["0", "1", "2"])
 

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from coordinator.core.state import Phase, RoundRecord, ShareRecord
 from coordinator.figures import duration_text, size_text, sparkline
-from coordinator.views import AgentView, BrokerView, FleetView, JobView, MemberView, RoundView, ShareView, evaluations
+from coordinator.past import evaluations
+from coordinator.views import AgentView, BrokerView, FleetView, JobView, MemberView, RoundView, ShareView
 from fedpipe.live import render
 from fedpipe.tables import agents_table
 from protocol.messages import Allowance, Evaluated, Gpu, Progress, Report
