@@ -52,6 +52,6 @@ def print_answer(value: object, table: RenderableType, *, as_json: bool) -> None
     if as_json:
         print_json(value)
     elif isinstance(table, str):
-        print(plain(table))
+        print("\n".join(plain(line) for line in table.split("\n")))
     else:
         console().print(table)

@@ -7,6 +7,8 @@ with Coordinator("http://127.0.0.1:8470") as coordinator:
 
 from __future__ import annotations
 
+import os
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ import msgspec
 
 from coordinator.feed import STILL_HERE_S, AnyNews
 from coordinator.plan_views import PlanView
+from coordinator.trust.desk import EnrolmentView, Reason, TokenAsked, TokenMade
 from coordinator.views import AgentView, FleetView, JobShort, JobView, VersionView
 from protocol.errors import BadConfig, OutsideFault, Unavailable
 
@@ -36,14 +39,18 @@ class _Named(msgspec.Struct):
     name: str
 
 
+class _Health(msgspec.Struct):
+    software: str
+
+
 class Coordinator:
-    """One coordinator at `url`; `token_file` holds the bearer token if it wants one.  Not for use by several threads.
+    """One coordinator at `url`; `token_file` holds the bearer token if it wants one, `ca_file` the authority of its certificate.
 
     Every method raises Unavailable when the coordinator cannot be reached or cannot answer now, and BadConfig, with the
     coordinator's own text, when it does not accept what was asked.
     """
 
-    def __init__(self, url: str = DEFAULT_URL, token_file: Path | None = None) -> None:
+    def __init__(self, url: str = DEFAULT_URL, token_file: Path | None = None, ca_file: Path | None = None) -> None:
         self.url = url.rstrip("/")
         headers = {"authorization": f"Bearer {_token(token_file)}"} if token_file else {}
         try:
@@ -52,6 +59,7 @@ class Coordinator:
                 base_url=self.url,
                 headers=headers,
                 timeout=TIMEOUT_S,
+                verify=_authorities(ca_file),
                 trust_env=host not in {"127.0.0.1", "localhost", "::1"},  # a proxy cannot reach our loopback
             )
         except (httpx.InvalidURL, ValueError) as error:
@@ -74,6 +82,10 @@ class Coordinator:
     def fleet(self) -> FleetView:
         """Everything at a glance."""
         return self._get("/v1/fleet", FleetView)
+
+    def software(self) -> str:
+        """Which version runs there."""
+        return self._get("/v1/health", _Health).software
 
     def agents(self) -> list[AgentView]:
         """All agents that were ever seen."""
@@ -128,6 +140,24 @@ class Coordinator:
                 file.write(block)
             return int(response.headers.get("fedpipe-version", "0"))
 
+    # ----------------------------------------------------------------------------------------------------- enrolment
+
+    def make_token(self, agent: str, uses: int, ttl_s: float, *, auto_accept: bool) -> TokenMade:
+        """A new join token; `agent` may be empty."""
+        asked = TokenAsked(agent=agent, uses=uses, ttl_s=ttl_s, auto_accept=auto_accept)
+        with self._answer("POST", "/v1/tokens", content=msgspec.json.encode(asked)) as response:
+            return _decoded(response, TokenMade)
+
+    def enrolments(self) -> list[EnrolmentView]:
+        """Who asked to be an agent, by name."""
+        return self._get("/v1/enrolments", list[EnrolmentView])
+
+    def decide(self, agent: str, what: str, reason: str = "") -> EnrolmentView:
+        """Accept, reject or revoke an agent."""
+        body = msgspec.json.encode(Reason(reason=reason))
+        with self._answer("POST", f"/v1/enrolments/{_part(agent)}/{what}", content=body) as response:
+            return _decoded(response, EnrolmentView)
+
     # ------------------------------------------------------------------------------------------------------ plumbing
 
     def _get(self, path: str, kind: type[T]) -> T:
@@ -152,6 +182,15 @@ class Coordinator:
             raise Unavailable(
                 f"the coordinator at {self.url} does not answer ({type(error).__name__}): look at its log, then try again"
             ) from None
+
+
+def _authorities(ca_file: Path | None) -> ssl.SSLContext:
+    """Whom to believe who the coordinator is: the fleet's authority if FEDPIPE_CA_FILE names it, else the system's."""
+    file = os.environ.get("FEDPIPE_CA_FILE") or ca_file
+    try:
+        return ssl.create_default_context(cafile=file)
+    except OSError as error:
+        raise BadConfig(f"FEDPIPE_CA_FILE {file} cannot be used: {error}") from None
 
 
 def _part(name: str) -> str:

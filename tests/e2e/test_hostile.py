@@ -73,7 +73,7 @@ async def test_a_flooding_client_changes_nothing(fleet: Callable[..., Any], text
 
         assert after - before < GROWTH_BYTES, f"the coordinator grew by {(after - before) / 2**20:.0f} MiB"
         assert seen.counts.keys() >= REFUSED, seen.counts
-        assert sum(hostile.n_sent.values()) > 5000, "there was a flood"
+        assert sum(hostile.n_sent.values()) > 1000, "there was a flood"
         lines = running.cluster.members["coordinator"].log.read_text().splitlines()
         assert len(lines) < N_LINES, f"{len(lines)} lines, {sum(seen.counts.values())} refusals"
         assert all(agent in {v.id for v in seen.agents} for agent in honest)
