@@ -1,11 +1,16 @@
 # make demo   set up and run the main job on this machine
 # make test   set up, check and run every test
+# make chaos      a real fleet under random faults for half an hour (quick: make chaos ARGS="--minutes 3")
+# make crashes   every process killed at every point where it could matter, on a real fleet (half an hour)
+# make simulate   10,000 simulated fleets with all faults, on all cores (some 20 minutes on two; quick: make simulate SEEDS=1-100)
+# make fuzz   a million hostile inputs for every target that reads foreign bytes (hours; quick: make fuzz ARGS='--runs 10000')
+# make docs       the pages as a site that can be read offline: dist/site/index.html
 # make bench-pipeline   fedpipe beside published baselines on a virtual fleet (an hour; quick: make bench-pipeline ARGS=--quick)
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check bench-pipeline clean
+.PHONY: setup demo test check bench-pipeline simulate fuzz chaos crashes docs clean
 
 setup: $(STAMP)
 
@@ -24,15 +29,35 @@ demo: setup
 check: setup
 	scripts/check
 
-test: setup mosquitto check
+test: setup mosquitto chromium check
 	scripts/test
 
 .PHONY: mosquitto
 mosquitto:
 	@PATH="$$PATH:/usr/sbin" command -v mosquitto >/dev/null || scripts/apt-install mosquitto
 
+.PHONY: chromium
+chromium:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || scripts/apt-install chromium
+
 bench-pipeline: setup
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m bench.pipeline $(ARGS)
+
+chaos: setup mosquitto
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m chaos $(ARGS)
+
+crashes: setup mosquitto
+	FEDPIPE_CRASHES=all OMP_NUM_THREADS=1 scripts/test tests/e2e/test_crashes.py $(ARGS)
+
+simulate: setup
+	$(VENV)/bin/fedpipe simulate --seeds $(or $(SEEDS),1-10000)
+
+fuzz: setup
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.fuzz.run $(ARGS)
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) dist build

@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from protocol.daemon import EX_CONFIG, load_toml, run, set_up_logging
-from protocol.errors import BadConfig
+from protocol.daemon import exit_code, load_toml, run, set_up_logging
+from protocol.errors import BadConfig, OutsideFault
 
 
 def main() -> int:
@@ -18,21 +18,34 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("run", "run the daemon"), ("check-config", "check a configuration file")):
         command = commands.add_parser(name, help=text)
-        command.add_argument("--config", type=Path, default=Path("/etc/fedpipe/coordinator.toml"))
+        command.add_argument(
+            "--config", type=Path, default=Path("/etc/fedpipe/coordinator.toml"), help="the configuration file"
+        )
     plan = commands.add_parser("plan", help="plan a job for devices that are only described, without a broker")
     plan.add_argument("--devices", type=Path, required=True, help="TOML file of the model and the devices")
     plan.add_argument("--job", type=Path, help="job file to plan for; default: one that leaves everything open")
     plan.add_argument("--agent", help="explain this device's plan")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     plan.add_argument("--svg", type=Path, help="also draw it into this file")
+    again = commands.add_parser("replay", help="run what the journal holds again and compare it with what was recorded")
+    again.add_argument("state_dir", type=Path, nargs="?", help="a state folder, also a copy; default: that of --config")
+    again.add_argument(
+        "--config", type=Path, default=Path("/etc/fedpipe/coordinator.toml"), help="the configuration file"
+    )
+    again.add_argument("--job", default="", help="whose round; may be left out where there is one job")
+    again.add_argument("--round", type=int, help="tell the story of this round; default: compare all that is kept")
+    again.add_argument("--json", action="store_true", help="print story and comparisons as JSON")
     check_job = commands.add_parser("check-job", help="check a job file")
-    check_job.add_argument("job", type=Path)
+    check_job.add_argument("job", type=Path, help="the job file")
+    ca = commands.add_parser("ca", help="the fleet's certificate authority")
+    ca.add_argument("what", choices=["init", "show", "rotate-signing-key"], help="what to do")
+    ca.add_argument("--config", type=Path, default=Path("/etc/fedpipe/coordinator.toml"), help="the configuration file")
     arguments = parser.parse_args()
     try:
         return _dispatch(arguments)
-    except BadConfig as error:
+    except OutsideFault as error:
         print(f"fedpipe-coordinator: {error}", file=sys.stderr)
-        return EX_CONFIG
+        return exit_code(error)
 
 
 def _dispatch(arguments: argparse.Namespace) -> int:
@@ -45,8 +58,15 @@ def _dispatch(arguments: argparse.Namespace) -> int:
             spec = read_job(arguments.job)
             print(f"{arguments.job}: job {spec.job.name!r} is fine")
             return 0
+        case "ca":
+            from coordinator.trust.command import authority
+
+            print(authority(arguments.what, load_toml(arguments.config, CoordinatorConfig)))
+            return 0
         case "plan":
             return _plan(arguments)
+        case "replay":
+            return _replay(arguments)
         case "check-config":
             config = load_toml(arguments.config, CoordinatorConfig)
             print(f"{arguments.config}: fleet {config.fleet!r}, broker {config.broker.url}: fine")
@@ -55,7 +75,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
 
     config = load_toml(arguments.config, CoordinatorConfig)
     set_up_logging(config.log_level)
-    return run(lambda stop: serve(config, stop))
+    return run(lambda stop: serve(config, stop, arguments.config))
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -85,6 +105,35 @@ def _plan(arguments: argparse.Namespace) -> int:
     text = plan_text.agent_text(view, arguments.agent, console.width) if arguments.agent else None
     console.print(text or plan_text.fleet_text(view, console.width))
     return 0
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    import msgspec
+    from rich.console import Console
+
+    from coordinator.config import CoordinatorConfig
+    from coordinator.replay import replay
+    from coordinator.replay_text import story
+    from coordinator.store import Store
+
+    folder, allowed = arguments.state_dir, []
+    if folder is None:
+        config = load_toml(arguments.config, CoordinatorConfig)
+        folder, allowed = Path(config.state_dir), config.allow_methods
+    if not (folder / "journal.sqlite").is_file():
+        raise BadConfig(f"there is no {folder / 'journal.sqlite'}: name a coordinator's state folder, or its --config")
+    if arguments.job and arguments.round is None:
+        raise BadConfig("--job goes with --round N: which round of it?")
+    store = Store(folder / "journal.sqlite", read_only=True)
+    try:
+        found = replay(store, folder / "blobs", job=arguments.job, number=arguments.round, allowed=allowed)
+    finally:
+        store.close()
+    if arguments.json:
+        print(msgspec.json.encode(msgspec.to_builtins(found) | {"equal": found.equal}).decode())
+    else:
+        Console().print(story(found, of_round=arguments.round is not None))
+    return 0 if found.equal else 1
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""What an agent does at this moment, or why it does nothing, in one line for people."""
+"""What an agent does at this moment, or why it does nothing, in one line for people; and what the whole fleet does."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from coordinator.core.state import ENDED, AgentState, JobState, Phase
+from coordinator.core.plans import phase_text
+from coordinator.core.state import ENDED, AgentState, FleetState, JobState, Phase
 from protocol.messages import TERMINAL, ExecState, Progress
 
 NO_JOB = "no job is under way"
@@ -61,3 +62,11 @@ def _work(agent: str, job: JobState, progress: Progress | None) -> str:
         where = f"round {job.round.number}" if job.round.purpose == "train" else "final measurement"
         return f"{where}: {phase}{steps}"
     return f"survey: {said.phase if said else 'asked'}{steps}"
+
+
+def fleet_text(state: FleetState) -> str:
+    """How many agents are there, and where every job stands."""
+    active = [job for job in state.jobs.values() if job.phase not in ENDED]
+    online = sum(agent.online for agent in state.agents.values())
+    jobs = "; ".join(f"{job.spec.job.name}: {phase_text(job)}" for job in active) or "no active job"
+    return f"{online} agents online; {jobs}"

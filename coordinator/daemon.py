@@ -14,36 +14,44 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from coordinator import intake
+from coordinator.activity import fleet_text
+from coordinator.audit import Audit
 from coordinator.config import CoordinatorConfig
 from coordinator.core import actions as act
 from coordinator.core import events as ev
-from coordinator.core import plans
-from coordinator.core.fleet import Fleet, decode_state, encode_state
+from coordinator.core.fleet import encode_state
 from coordinator.core.state import ENDED
+from coordinator.disk import Disk
+from coordinator.inbox import Inbox, Posted
+from coordinator.intake import SAID_AGAIN, Chunk, Intake, Word
+from coordinator.metrics import Meter
 from coordinator.presence import Presence
+from coordinator.pruning import need_of
+from coordinator.recovery import check_files, check_folder, recover
 from coordinator.store import Store
 from coordinator.traffic import Traffic
+from coordinator.trust import open_trust
+from coordinator.upkeep import Upkeep
 from coordinator.work import Work
 from protocol import SOFTWARE
 from protocol.blobs import Blobs
 from protocol.bus import Bus, Connected, Disconnected, Received, Will, mqtt_bus
+from protocol.credentials import Credentials
 from protocol.daemon import Clock, OncePer, Timer, feed_watchdog, notify
 from protocol.errors import BadMessage, Unavailable
-from protocol.messages import CoordinatorState, Grant, Offer, Progress, Rebirth, Refuse
+from protocol.health import Health
+from protocol.messages import CoordinatorState, Envelope, Grant, Offer, Progress, Rebirth, Refuse
 from protocol.outgoing import Outgoing
-from protocol.topics import FromAgent, Topics
+from protocol.topics import Topics
 
 CLIENT_ID = "fedpipe-coordinator"
 DISK_RETRY_S = 5.0
-PARTIAL_KEPT_S = 7 * 86_400.0  # for unfinished uploads that nobody goes on with
 
 logger = logging.getLogger(__name__)
 Watcher = Callable[[list[ev.Happened], list[act.Wish]], None]
-
-
-Posted = tuple[ev.Happened, asyncio.Future[None] | None]
-"""A fact in the inbox, and who waits until it is journalled."""
 
 
 class Coordinator:
@@ -52,20 +60,25 @@ class Coordinator:
     def __init__(self, config: CoordinatorConfig, bus: Bus | None = None) -> None:
         self.config = config
         self.folder = Path(config.state_dir)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.store = Store(self.folder / "journal.sqlite")
+        self.store = Store(check_folder(self.folder))
+        self.disk = Disk(self.folder, config.keep.min_free_bytes, lambda: notify(STATUS=self.status()))
+        self.inbox = Inbox(self.store, self.disk)
+        self.tell = self.inbox.tell
         self.blobs = Blobs(self.folder / "blobs")
-        self.blobs.sweep(PARTIAL_KEPT_S)
         self.clock = Clock(self.store.last_at())
+        self.audit = Audit(self.folder / "audit.log", self.clock)
         self.topics = Topics(config.fleet)
-        self.outgoing = Outgoing(self.clock)
-        self.work = Work(config, self.store, self.blobs, self.clock)
+        self.trust = open_trust(config)
+        self.outgoing = Outgoing(self.clock, self.trust.seal if self.trust else None)
+        self.work = Work(config, self.store, self.blobs, self.clock, self.disk)
         self.presence = Presence(config.heartbeat_s)
-        self.fleet, self._seq, self._owed = self._recover()
-        self.connected = False
-        self.bus_fault = "not connected yet"
+        self.fleet, self._seq, self._owed = recover(self.store)
+        check_files(self.fleet.state, self.blobs)
+        self.connected, self.bus_fault, self.token = False, "not connected yet", ""
         self.watchers: set[Watcher] = set()
-        self.bus = bus or mqtt_bus(config.broker, f"{CLIENT_ID}-{config.fleet}", self._will)
+        broker = self.trust.broker if self.trust else config.broker
+        self.credentials = Credentials(self.folder / "welcomed", broker, config.fleet)
+        self.bus = bus or mqtt_bus(broker, f"{CLIENT_ID}-{config.fleet}", self._will)
         self.traffic = Traffic(
             config,
             bus=self.bus,
@@ -78,14 +91,23 @@ class Coordinator:
             spawn=self._spawn,
         )
         self.exchange = self.traffic.exchange
-        self._inbox: asyncio.Queue[Posted] = asyncio.Queue()
-        self._taking = False
+        self.upkeep = Upkeep(
+            self.store,
+            self.blobs,
+            config.keep,
+            self.disk,
+            need=lambda: need_of(self.fleet.state, self.traffic.under_way()),
+            clock=self.clock,
+            spawn=self._spawn,
+        )
+        self.upkeep.sweep()
+        self.meter, self.health = Meter(), Health(self.disk.refusal)
         self._timer = Timer(self.clock)
-        self._folding: dict[str, act.Aggregate] = {}
+        self._snapshot_owed = False
         self._slow: dict[str, asyncio.Task[None]] = {}
         self._complaints = OncePer()
-        self._rebirths = OncePer(config.heartbeat_s)
-        self.n_bad_messages = 0
+        self._rebirths = OncePer(config.heartbeat_s, config.max_agents)
+        self.intake = Intake(self.topics, config.max_agents, lambda: self.fleet.state.agents)
 
     # ------------------------------------------------------------------------------------------------------ lifecycle
 
@@ -102,9 +124,13 @@ class Coordinator:
                 "publish": self.outgoing.run(self.bus),
                 "timer": self._timer.run(self._due, self._tick),
                 "silence": self._watch_silence(),
+                "disk": self.upkeep.watch(),
                 "exchange": self.exchange.run(),
-                "watchdog": feed_watchdog(lambda: True),
+                "health": self.health.watch(),
+                "watchdog": feed_watchdog(self.health.ok),
             }
+            if self.trust:
+                named["trust"] = self.trust.keep(self)
             tasks = [group.create_task(work, name=name) for name, work in named.items()]
             tasks += [group.create_task(work) for work in more]
             notify(READY="1", STATUS="waiting for the broker")
@@ -113,41 +139,15 @@ class Coordinator:
             await self.outgoing.goodbye(self.bus, self.topics.coordinator_state(), self._state(online=False))
             for task in [*tasks, *self._slow.values()]:
                 task.cancel()
-        self.store.save_snapshot(self._seq, encode_state(self.fleet.state))
+        if not self.health.is_busy:  # else it might forget a record that was wished for and is not written
+            await self._snapshot()
         self.store.close()
-
-    def _recover(self, before: int = 2**62) -> tuple[Fleet, int, list[act.Record]]:
-        """Snapshot + journal up to a row; also the records that may not have been written before a crash.
-
-        A row that the core cannot take is marked and left out: it must not stop every restart.
-        """
-        while True:
-            saved = self.store.load_snapshot()
-            seq, fleet = (saved[0], Fleet(decode_state(saved[1]))) if saved else (0, Fleet())
-            owed: list[act.Record] = []
-            for entry in self.store.replay(seq, before):
-                try:
-                    wishes = fleet.handle(entry.event, entry.at)
-                except Exception:
-                    logger.exception("a journal row is poison", extra={"action": "poison", "seq": entry.seq})
-                    self.store.poison(entry.seq)
-                    break
-                owed += [wish for wish in wishes if isinstance(wish, act.Record)]
-                seq = entry.seq
-            else:
-                return fleet, seq, owed
 
     # ------------------------------------------------------------------------------------------------------- consumer
 
     async def post(self, event: ev.Happened) -> None:
         """Hand in a fact and wait until it is journalled and handled.  Raises Unavailable when the disk refuses it."""
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._inbox.put_nowait((event, done))
-        await done
-
-    def tell(self, event: ev.Happened) -> None:
-        """Hand in a fact."""
-        self._inbox.put_nowait((event, None))
+        await self.inbox.post(event)
 
     async def _consume(self) -> None:
         for owed in self._owed:
@@ -155,24 +155,22 @@ class Coordinator:
         for name, job in self.fleet.state.jobs.items():
             if job.phase in ENDED and not self._export_folder(name).exists():
                 self._spawn(f"export/{name}", self.work.export(job, self._export_folder(name)))
+        self.upkeep.prune()
         for wish in self.fleet.resume(self.clock()):
             self._perform(wish)
         for agent in self.fleet.state.agents.values():
             if agent.online:
                 self.presence.expect(agent.id, self.clock())
         while True:
-            batch = [await self._inbox.get()]
-            while not self._inbox.empty():
-                batch.append(self._inbox.get_nowait())
-            self._taking = True
-            await self._take(batch)
-            self._taking = False
+            batch = await self.inbox.wait()
+            with self.health.busy():
+                await self._take(batch)
             self._timer.moved()
 
     async def _take(self, batch: list[Posted]) -> None:
         """Journal a batch in one commit, handle it, perform what follows."""
         now = self.clock()
-        seqs = await self._journal(batch, now)
+        seqs = await self.inbox.journal(batch, now, DISK_RETRY_S)
         wishes: list[act.Wish] = []
         for seq, (event, done) in zip(seqs, batch, strict=True):
             wishes += self._handle(seq, event, now)
@@ -181,35 +179,31 @@ class Coordinator:
         for wish in wishes:
             if isinstance(wish, act.Record):  # durable before a snapshot forgets that it was wished for
                 await self.work.record(wish.job, wish.record)
+        events = [event for event, _ in batch]
+        judged = [event for event in events if isinstance(event, ev.UpdateStored | ev.UpdateSpoiled)]
+        for event in judged:
+            self.traffic.settled(event)
         for wish in wishes:
             self._perform(wish)
-        events = [event for event, _ in batch]
-        for aggregated in (event for event in events if isinstance(event, ev.Aggregated)):
-            self._forget_updates(aggregated)
+        self.upkeep.drop_declined(judged, wishes)
+        self.meter.took(events, wishes, self.fleet.state)
         for watcher in list(self.watchers):
             watcher(events, wishes)
         if any(isinstance(wish, act.Record | act.Finish) for wish in wishes):
             await self._snapshot()
-
-    async def _journal(self, batch: list[Posted], now: float) -> list[int]:
-        """Make a batch durable, however long the disk refuses; who waits for an answer is told so and may come again."""
-        while True:
-            try:
-                return await asyncio.to_thread(self.store.append, [(now, event) for event, _ in batch])
-            except Unavailable as error:
-                logger.error("%s", error, extra={"action": "journal_refused", "events": len(batch)})
-                notify(STATUS=f"disk: {error}")
-                for _, done in batch:
-                    if done and not done.done():
-                        done.set_exception(error)
-                batch[:] = [(event, done) for event, done in batch if done is None]
-                await asyncio.sleep(DISK_RETRY_S)
+            self.upkeep.round_closed()
+        elif self._snapshot_owed:
+            await self._snapshot()
 
     async def _snapshot(self) -> None:
         try:
             await asyncio.to_thread(self.store.save_snapshot, self._seq, encode_state(self.fleet.state))
         except Unavailable as error:  # the journal holds everything; only the next restart takes longer
-            logger.error("%s", error, extra={"action": "snapshot_refused"})
+            if not self._snapshot_owed:
+                logger.error("%s", error, extra={"action": "snapshot_refused"})
+            self._snapshot_owed = True
+        else:
+            self._snapshot_owed = False
 
     def _handle(self, seq: int, event: ev.Happened, now: float) -> list[act.Wish]:
         """What the core wishes; an event that it cannot take is poison, and the core is made anew from those before."""
@@ -218,7 +212,7 @@ class Coordinator:
         except Exception:
             logger.exception("the core refused an event", extra={"action": "poison", "event": type(event).__name__})
             self.store.poison(seq)
-            self.fleet, self._seq, _ = self._recover(before=seq)
+            self.fleet, self._seq, _ = recover(self.store, before=seq)
             return self.fleet.resume(now)
         self._seq = seq
         logger.debug("%s -> %s", type(event).__name__, [type(w).__name__ for w in wishes], extra={"action": "handled"})
@@ -229,6 +223,8 @@ class Coordinator:
     def _perform(self, wish: act.Wish) -> None:
         match wish:
             case act.Assign(agent=agent, plan=plan):
+                if plan.model:
+                    plan = msgspec.structs.replace(plan, model=self.traffic.serve(plan.model))
                 self.outgoing.say(self.topics.down(agent, "plan"), plan, retain=True)
             case act.Withdraw(agent=agent, cancel=cancel):
                 self.outgoing.clear(self.topics.down(agent, "plan"))
@@ -250,8 +246,9 @@ class Coordinator:
                 self._spawn(f"fold/{wish.job}/{wish.round}/{wish.attempt}", self._fold(wish))
             case act.Serve(blob=blob):
                 self.traffic.serve(blob)
-            case act.Finish(job=job, phase=phase, reason=reason):
-                logger.info("job ended", extra={"action": "job_ended", "job": job, "phase": phase, "reason": reason})
+            case act.Finish(job=job, phase=phase, reason=reason, cause=cause):
+                ended = {"action": "job_ended", "job": job, "phase": phase, "cause": cause, "reason": reason}
+                logger.info("job ended", extra=ended)
                 self._spawn(f"export/{job}", self.work.export(self.fleet.state.jobs[job], self._export_folder(job)))
 
     def _export_folder(self, job: str) -> Path:
@@ -269,14 +266,7 @@ class Coordinator:
         self.tell(await self.work.plan(wish, self.fleet.state))
 
     async def _fold(self, wish: act.Aggregate) -> None:
-        self._folding[wish.job] = wish
         self.tell(await self.work.fold(wish))
-
-    def _forget_updates(self, done: ev.Aggregated) -> None:
-        """Their aggregate is journalled: the updates of a round have done their duty."""
-        wish = self._folding.get(done.job)
-        if wish and (wish.round, wish.attempt) == (done.round, done.attempt):
-            self.work.forget_updates(self._folding.pop(done.job))
 
     # ------------------------------------------------------------------------------------------------------------ bus
 
@@ -291,15 +281,19 @@ class Coordinator:
             match await self.bus.next():
                 case Connected() as welcome:
                     self._connected(welcome)
-                case Disconnected(reason):
+                case Disconnected(reason, refusal):
                     self.connected, self.bus_fault = False, reason
                     logger.warning("no broker: %s", reason, extra={"action": "bus_down"})
                     notify(STATUS=f"no broker: {reason}")
-                case Received(topic, payload, _):
-                    self._receive(topic, payload)
+                    self.credentials.refused(refusal, reason)
+                case Received(topic, payload, retained):
+                    self._receive(topic, payload, retained=retained)
 
     def _connected(self, welcome: Connected) -> None:
         self.connected, self.bus_fault = True, ""
+        self.meter.n_connects += 1
+        self.credentials.taken()
+        self.exchange.max_packet_bytes = welcome.max_packet_bytes
         logger.info(
             "connected", extra={"action": "bus_up", "mqtt": welcome.mqtt_version, "broker": self.config.broker.url}
         )
@@ -312,26 +306,22 @@ class Coordinator:
             if not agent.task:  # what was withdrawn while there was no broker is retained there still
                 self.outgoing.clear(self.topics.down(agent.id, "plan"))
 
-    def _receive(self, topic: str, payload: bytes) -> None:
+    def _receive(self, topic: str, payload: bytes, *, retained: bool = False) -> None:
+        if self.trust and self.trust.bars(topic):
+            return
+        now = self.clock()
         try:
-            place = self.topics.parse(topic)
-            if not isinstance(place, FromAgent):
-                return
-            if place.leaf == "d":
-                self.exchange.chunk(place.agent, place.xfer, payload)
-            elif payload:
-                self._hear(place, payload)
+            match self.intake.receive(topic, payload, now):
+                case Chunk(agent, xfer, frame):
+                    self.exchange.chunk(agent, xfer, frame)
+                case Word(agent, envelope):
+                    self._hear(agent, envelope, now, retained=retained)
         except BadMessage as error:
-            self.n_bad_messages += 1
-            agent = "/".join(topic.split("/")[:5])  # it may invent any number of topics below its own
-            held = self._complaints(agent, self.clock())
-            if held is not None:
-                extra = {"action": "bad_message", "topic": topic, "more": held}
-                logger.warning("message ignored: %s", error, extra=extra)
+            self.intake.refuse(topic, error, now)
+            if error.kind in SAID_AGAIN:
+                self._ask_for_birth(topic.split("/")[4], now)
 
-    def _hear(self, place: FromAgent, payload: bytes) -> None:
-        envelope, now = intake.decode(place.leaf, payload), self.clock()
-        agent = place.agent
+    def _hear(self, agent: str, envelope: Envelope, now: float, *, retained: bool) -> None:
         match envelope.b:
             case Progress() as progress:
                 self._heartbeat(agent, envelope.ses, progress, now)
@@ -342,36 +332,53 @@ class Coordinator:
             case Refuse(xfer=xfer, reason=reason):
                 self.traffic.withdrawn(agent, xfer, reason)
                 return
-            case Offer(blob=blob) if self.traffic.is_fetching(agent, blob.xfer):
+            case Offer(blob=blob) if self.traffic.is_fetching(agent, blob):
                 return  # being pulled already; the journal need not hear of every repetition
+            case Offer(blob=blob) if self.disk.reason:
+                self.traffic.postpone(agent, blob.xfer, self.disk.reason)
+                return
         event = intake.to_event(agent, envelope)
         if isinstance(event, ev.AgentLeft):
             self.presence.left(agent)
+            if agent not in self.fleet.state.agents:
+                return  # of one that nobody knows: nothing is worth remembering
         else:
             self.presence.heard(agent, now)
         if isinstance(event, ev.AgentJoined):
             self.exchange.peer_reborn(agent)
+            if (
+                not retained
+                and self.presence.is_twin(agent, event.session)
+                and self._complaints(f"twins {agent}", now) is not None
+            ):
+                text = "two processes speak as agent %s in turn, and throw each other off the broker: give each its own `agent`"
+                logger.error(text, agent, extra={"action": "twins", "agent": agent})
         if event is not None:
             self.tell(event)
 
     def _heartbeat(self, agent: str, session: str, progress: Progress, now: float) -> None:
-        self.presence.heard(agent, now, progress)
         known = self.fleet.state.agents.get(agent)
-        unknown = known is None or not known.online or known.session != session
-        if unknown and self._rebirths(agent, now) is not None:
+        if known is not None:
+            self.presence.heard(agent, now, progress)
+        if known is None or not known.online or known.session != session:
+            self._ask_for_birth(agent, now)
+
+    def _ask_for_birth(self, agent: str, now: float) -> None:
+        if self._rebirths(agent, now) is not None:
             self.outgoing.say(self.topics.down(agent, "cmd"), Rebirth())
 
     # ----------------------------------------------------------------------------------------------------------- time
 
     def _due(self) -> list[float | None]:
-        core = None if self._taking or not self._inbox.empty() else self.fleet.wake_at  # else the consumer moves it
+        is_moving = self.health.is_busy or not self.inbox.empty()  # then the consumer will say when
+        core = None if is_moving else self.fleet.wake_at
         return [core, self.exchange.wake_at if self.connected else None]
 
     def _tick(self) -> None:
         now = self.clock()
         if self.connected and (at := self.exchange.wake_at) is not None and at <= now:
             self.exchange.tick()
-        if (at := self.fleet.wake_at) is not None and at <= now and not self._taking and self._inbox.empty():
+        if (at := self.fleet.wake_at) is not None and at <= now and not self.health.is_busy and self.inbox.empty():
             self.tell(ev.Tick())
 
     async def _watch_silence(self) -> None:
@@ -379,6 +386,9 @@ class Coordinator:
             await asyncio.sleep(self.config.heartbeat_s)
             if not self.connected:
                 continue  # nobody can be heard; the silence is ours
+            for agent in self.intake.gate.calm(self.clock()):
+                self._ask_for_birth(agent, self.clock())
+            self.intake.gate.tidy(self.clock())
             for agent in self.presence.silent(self.clock()):
                 self.presence.left(agent)
                 known = self.fleet.state.agents.get(agent)
@@ -389,7 +399,5 @@ class Coordinator:
 
     def status(self) -> str:
         """One line for people."""
-        active = [s for s in self.fleet.state.jobs.values() if s.phase not in ENDED]
-        online = sum(a.online for a in self.fleet.state.agents.values())
-        jobs = "; ".join(f"{s.spec.job.name}: {plans.phase_text(s)}" for s in active) or "no active job"
-        return f"{online} agents online; {jobs}" + ("" if self.connected else f"; no broker: {self.bus_fault}")
+        bus = "" if self.connected else f"; no broker: {self.bus_fault}"
+        return fleet_text(self.fleet.state) + bus + (f"; disk: {self.disk.reason}" if self.disk.reason else "")

@@ -65,6 +65,10 @@ class Disk:
         if self._refusals.pop(writer, None) is not None:
             self._told()
 
+    def refusal(self) -> str:
+        """Why a write is refused at present; empty when none is."""
+        return self.reason if self.state is DiskState.REFUSED else ""
+
     def look(self) -> None:
         """See how much is free, and whether the folders can be written at all; files may lie on a disk of their own."""
         places = [place for place in (self._folder, self._folder / "blobs") if place.is_dir()]

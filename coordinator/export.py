@@ -1,14 +1,14 @@
 """Export of the global adapter in PEFT's format: a folder that `PeftModel.from_pretrained(base, folder)` loads as it is.
 
-Our deltas are B A with the scale inside, and each matrix has its own rank, so the configuration says alpha = rank for every
-one: PEFT's factor alpha / r is then 1.  Its pattern keys are regular expressions matched at the end of a module's name;
-anchored, escaped full names make each of them mean exactly one module.
+Our deltas are B A with the scale inside, so the configuration says alpha = r, and the factor alpha / r is 1.  Each matrix has
+its own rank, but only PEFT reads a rank and an alpha per matrix: llama.cpp divides the one alpha by each matrix's rank
+(`get_scale` in src/llama-adapter.h) and would scale all but the widest wrongly.  So the others are filled up with zeros to
+the largest rank: B A stays the same, and whatever reads LoRA adapters reads it rightly.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +38,13 @@ def export_peft(adapter: Adapter, folder: Path, *, card: Card) -> None:
     Matrices without a component are left out.  Raises BadConfig for an adapter without any, or when `folder` holds
     anything but an earlier export, and Unavailable or OSError when the disk refuses.
     """
-    arrays, ranks = {}, {}
-    for name, factors in present(adapter).items():
-        ranks[name] = factors.rank
-        arrays[f"base_model.model.{name}.lora_A.weight"] = np.ascontiguousarray(factors.a)
-        arrays[f"base_model.model.{name}.lora_B.weight"] = np.ascontiguousarray(factors.b)
-    config = _config(ranks, card.base_source)
+    arrays, found = {}, present(adapter)
+    rank = max(factors.rank for factors in found.values())
+    for name, factors in found.items():
+        fill = rank - factors.rank
+        arrays[f"base_model.model.{name}.lora_A.weight"] = np.pad(factors.a, ((0, fill), (0, 0)))
+        arrays[f"base_model.model.{name}.lora_B.weight"] = np.pad(factors.b, ((0, 0), (0, fill)))
+    config = _config(list(found), rank, card.base_source)
     with export_folder(folder, card) as part:
         try:
             save_file(arrays, part / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -61,17 +62,14 @@ def present(adapter: Adapter) -> Adapter:
     return found
 
 
-def _config(ranks: dict[str, int], base_source: str) -> dict[str, object]:
-    patterns = {"^" + re.escape(name): rank for name, rank in ranks.items()}
+def _config(targets: list[str], rank: int, base_source: str) -> dict[str, object]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_source,
-        "r": max(ranks.values()),
-        "lora_alpha": max(ranks.values()),
-        "rank_pattern": patterns,
-        "alpha_pattern": patterns,
-        "target_modules": list(ranks),
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": targets,
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,

@@ -25,8 +25,11 @@ def held_out_loss(rounds: Sequence[RoundRecord], version: int) -> float | None:
     return sum(losses) / len(losses) if losses else None
 
 
-def lineage(rounds: Sequence[RoundRecord]) -> list[RoundEntry]:
-    """One entry per aggregation: who took part, with how many samples, and the held-out loss of its result."""
+def lineage(rounds: Sequence[RoundRecord], newest: int) -> list[RoundEntry]:
+    """One entry per aggregation up to round `newest`: who took part, with how many samples, the held-out loss of its result.
+
+    `rounds` are all that ended: a version is measured in the round after the one that made it.
+    """
     return [
         RoundEntry(
             round=record.round,
@@ -35,7 +38,7 @@ def lineage(rounds: Sequence[RoundRecord]) -> list[RoundEntry]:
             loss=held_out_loss(rounds, record.version + 1),
         )
         for record in rounds
-        if record.outcome == "aggregated"
+        if record.outcome == "aggregated" and record.round <= newest
     ]
 
 
@@ -51,7 +54,7 @@ def export_version(
         adapter_sha256=version.master,
         license=job.spec.job.license,
         software=software,
-        rounds=lineage([r for r in rounds if r.round <= version.round]),
+        rounds=lineage(rounds, version.round),
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     export_peft(load_model(blobs, version.master), folder, card=card)

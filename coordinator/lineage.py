@@ -51,7 +51,7 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
         agents = sorted({agent for entry in self.rounds for agent in entry.agents})
         facts = {
             "Base model": f"`{_plain(self.base_source)}` (sha256 `{self.base_sha256 or 'unknown'}`)",
-            "License of the base": _plain(self.license),
+            "Licence": _plain(self.license),
             "Job and method": f"`{_plain(self.job)}`, {_plain(self.method)}",
             "Agents": _plain(", ".join(agents)),
             "Samples processed": str(sum(entry.samples for entry in self.rounds)),

@@ -8,26 +8,51 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from coordinator.figures import plain
+from fedpipe import auditing, trust_commands
+from fedpipe.asking import DEFAULT_URL, Json, TokenFile, Url
+from fedpipe.asking import console as _console
+from fedpipe.asking import coordinator_at as _coordinator
+from fedpipe.asking import print_answer as _print
+from fedpipe.asking import print_json as _print_json
 from protocol.daemon import exit_code
 from protocol.errors import BadConfig, OutsideFault
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-
     from coordinator.views import JobView
     from fedpipe.client import Coordinator
 
 FAILED = 1
 
 
+GROUPS: Final = {
+    "Jobs": ("submit", "watch", "jobs", "show", "plan", "cancel", "export"),
+    "The fleet": ("agents", "token", "enrolments", "accept", "reject", "revoke", "audit"),
+    "This machine": ("init", "enrol", "mosquitto-config", "doctor", "support-bundle", "version"),
+    "Without a fleet": ("demo", "simulate", "broker"),
+}
+"""How the help is ordered; a command that stands nowhere here comes last."""
+
+
 class _Commands(TyperGroup):
-    """Turns a fault from outside into one line and its exit code."""
+    """Orders the help, and turns a fault from outside into one line and its exit code."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """See TyperGroup."""
+        grouped = [name for names in GROUPS.values() for name in names if name in self.commands]
+        return grouped + [name for name in super().list_commands(ctx) if name not in grouped]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """See TyperGroup."""
+        found = super().get_command(ctx, cmd_name)
+        if isinstance(found, (TyperCommand, TyperGroup)):
+            found.rich_help_panel = next((group for group, names in GROUPS.items() if cmd_name in names), "More")
+        return found
 
     def invoke(self, ctx: Any) -> Any:
         """See TyperGroup."""
@@ -41,52 +66,16 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Fine-tunes a large language model across private edge servers whose data never leave them.",
 )
 
-Url = Annotated[str, typer.Option("--url", envvar="FEDPIPE_URL", metavar="URL", help="Where the coordinator's API is.")]
-TokenFile = Annotated[
-    Path | None,
-    typer.Option("--token-file", envvar="FEDPIPE_TOKEN_FILE", metavar="FILE", help="File with the API's token."),
-]
-Json = Annotated[bool, typer.Option("--json", help="For programs: JSON on stdout.")]
 JobName = Annotated[str, typer.Argument(metavar="JOB", help="The job's name.")]
 plan = typer.Typer(no_args_is_help=True, help="What the planner decided.")
 app.add_typer(plan, name="plan")
-
-DEFAULT_URL = "http://127.0.0.1:8470"
-
-
-def _coordinator(url: str, token_file: Path | None) -> Coordinator:
-    from fedpipe.client import Coordinator
-
-    return Coordinator(url, token_file)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console()
-
-
-def _print_json(value: object) -> None:
-    import msgspec
-
-    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
-    sys.stdout.flush()
-
-
-def _print(value: object, table: RenderableType, *, as_json: bool) -> None:
-    if as_json:
-        _print_json(value)
-    elif isinstance(table, str):
-        print(plain(table))
-    else:
-        _console().print(table)
-
+app.add_typer(trust_commands.app)
+app.add_typer(auditing.app, name="audit")
 
 # ----------------------------------------------------------------------------------------------------------------- jobs
 
@@ -277,6 +266,103 @@ def demo(
         agents=agents, rounds=rounds, model=model, data=data, broker=broker, out=out, seed=seed, json=as_json
     )
     raise typer.Exit(run_demo(options))
+
+
+@app.command()
+def simulate(
+    agents: Annotated[int | None, typer.Option(min=1, max=100_000, help="How many; else the seed decides.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, max=1000, help="How many; else the seed decides.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Which world; the same seed is the same history.")] = 1,
+    seeds: Annotated[str, typer.Option(metavar="A-B", help="Many worlds on all cores, instead of one.")] = "",
+    faults: Annotated[str, typer.Option(metavar="LEVEL", help="How much goes wrong: none, some or many.")] = "many",
+    story: Annotated[Path, typer.Option(metavar="DIR", help="Where the story of a broken world is written.")] = Path(
+        "fedpipe-simulate"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Run whole fleets on virtual time, faults included, and check that nothing accepted is ever lost."""
+    from rich.console import Console
+
+    from fedpipe import simulating
+    from fedpipe.simulation.scenario import Level
+
+    if faults not in set(Level):
+        raise BadConfig(f"--faults {faults}: say one of {', '.join(Level)}")
+    options = simulating.SimulateOptions(
+        seed=seed, seeds=seeds, agents=agents, rounds=rounds, faults=Level(faults), story=story
+    )
+    totals = simulating.simulate(options, Console(stderr=True))
+    if as_json:
+        _print_json(totals)
+    else:
+        print("\n".join(simulating.lines(totals, story)))
+    if totals.broken:
+        raise typer.Exit(FAILED)
+
+
+# ------------------------------------------------------------------------------------------------------- this machine
+
+
+@app.command()
+def init(
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="agent, coordinator or job.")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to; without it ./WHAT.toml.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    url: Url = DEFAULT_URL,
+    token_file: TokenFile = None,
+    as_json: Json = False,
+) -> None:
+    """Write a configuration or a job file to begin with, filled in with what this machine says of itself."""
+    from fedpipe import beginning
+
+    done = beginning.begin(what, out, url, token_file, force=force)
+    _print(done, beginning.told(done), as_json=as_json)
+
+
+@app.command()
+def doctor(
+    role: Annotated[
+        str, typer.Argument(metavar="ROLE", help="agent, coordinator or operator; without it what this machine is.")
+    ] = "",
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="The daemon's configuration.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Without torch, and only the beginning of the data.")] = False,
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="Connect even if that throws out the daemon that runs, for a moment.")
+    ] = False,
+    url: Url = DEFAULT_URL,
+    token_file: TokenFile = None,
+    as_json: Json = False,
+) -> None:
+    """Look for what is wrong on this machine, and say what to do next."""
+    from fedpipe.doctor import command
+    from fedpipe.doctor.roles import How
+
+    found = command.reports(command.Asked(role, config, url, token_file, How(quick, take_over)))
+    _print(found, command.text(found), as_json=as_json)
+    raise typer.Exit(command.exit_code(found))
+
+
+@app.command("support-bundle")
+def support_bundle(
+    role: Annotated[
+        str, typer.Argument(metavar="ROLE", help="agent, coordinator or operator; without it what this machine is.")
+    ] = "",
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="The daemon's configuration.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to; without it ./fedpipe-support-*.")] = None,
+    log: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A log that journald does not have; may be repeated.")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    token_file: TokenFile = None,
+    as_json: Json = False,
+) -> None:
+    """Pack what somebody far away needs to help: no secrets, no training text, no adapters."""
+    from fedpipe import bundling
+    from fedpipe.doctor.command import Asked
+    from fedpipe.doctor.roles import How
+
+    done = bundling.bundle(Asked(role, config, url, token_file, How(quick=True)), out, log or [])
+    _print(done, bundling.told(done), as_json=as_json)
 
 
 @app.command()

@@ -19,7 +19,7 @@ from typing import Final
 
 import tomli_w
 
-from protocol.daemon import EX_CONFIG
+from protocol.daemon import EX_CONFIG, EX_NOPERM
 from protocol.errors import BadConfig, Unavailable
 
 PR_SET_PDEATHSIG: Final = 1
@@ -59,14 +59,15 @@ class Member:
 class Cluster:
     """The processes of a fleet in `folder`.  `notes` tells what happened to them, as (seconds since the start, text)."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, restart_s: float = RESTART_S) -> None:
         self.folder = folder
+        self.restart_s = restart_s
         self.members: dict[str, Member] = {}
         self.notes: list[tuple[float, str]] = []
         self.fault: BadConfig | None = None
         self._began = time.monotonic()
         self._stopping = False
-        self._keepers: list[asyncio.Task[None]] = []
+        self._keepers: dict[str, asyncio.Task[None]] = {}
 
     def note(self, text: str) -> None:
         """Remember that something happened now."""
@@ -76,9 +77,24 @@ class Cluster:
         """Start a process and keep it alive."""
         member = Member(name, command, self.folder / name / f"{name}.log", environment or {})
         self.members[name] = member
-        await member.start()
-        self._keepers.append(asyncio.create_task(self._keep(member), name=f"keep.{name}"))
+        await self.up(name)
         return member
+
+    async def up(self, name: str) -> None:
+        """Start a member that is down, and keep it alive from now on."""
+        member = self.members[name]
+        await member.start()
+        self._keepers[name] = asyncio.create_task(self._keep(member), name=f"keep.{name}")
+
+    async def down(self, name: str, how: signal.Signals = signal.SIGTERM) -> None:
+        """End a member by a signal; it stays away until `up`.  One that is just being started again dies as well."""
+        member = self.members[name]
+        self._keepers[name].cancel()
+        await asyncio.wait([self._keepers[name]])
+        if member.process and member.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                member.process.send_signal(how)
+            await member.process.wait()
 
     async def add_daemon(self, package: str, name: str, config: Mapping[str, object]) -> Member:
         """Write a daemon's configuration and start it: `python -m {package} run --config ...`."""
@@ -97,8 +113,11 @@ class Cluster:
             if code == EX_CONFIG:
                 self.fault = BadConfig(f"{member.name} refused its configuration: {member.last_words()}")
                 return
+            if code == EX_NOPERM:
+                self.note(f"{member.name} ended: its broker refuses it for good")
+                return
             self.note(f"{member.name} died ({_cause(code)}); started again")
-            await asyncio.sleep(RESTART_S)
+            await asyncio.sleep(self.restart_s)
             await member.start()
 
     async def stop(self) -> None:
@@ -116,7 +135,7 @@ class Cluster:
                 with contextlib.suppress(ProcessLookupError):
                     member.process.kill()
                 await member.process.wait()
-        for keeper in self._keepers:
+        for keeper in self._keepers.values():
             keeper.cancel()
 
 

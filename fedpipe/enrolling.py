@@ -211,7 +211,7 @@ HEAD: Final = """\
 TAIL: Final = """\
 # What may be trained on here; a job names it.
 # [data.default]
-# path = "/srv/data/*.jsonl"
+# path = "/srv/data"
 
 # Where base models are; a job names them by folder.
 # [base]

@@ -87,3 +87,4 @@ class Health:
             late_s = max(0.0, self._clock() - asked_at - LOOK_S)
             self.lag_s.observe(late_s)
             self._late = [*self._late, late_s][-LOOKS:]
+            self.ok()  # for the log, also where there is no watchdog

@@ -2,7 +2,7 @@
 
 Nothing is registered anywhere and nothing is global: a daemon counts in numbers of its own, and a scrape turns them into
 families of samples (OpenMetrics' and Prometheus' naming: base units, `_total` for what only grows).  So counting costs an
-addition, and the prometheus-client package, 2 MB, is loaded by the first scrape of a daemon that is scraped at all.
+addition, and the prometheus-client package, 1.5 MB, is loaded by the first scrape of a daemon that is scraped at all.
 
 The coordinator answers in its API; an agent has no web server, and `Door` is as much of one as a scrape needs.
 """

@@ -83,6 +83,7 @@ class Reloading(Generic[T]):
             self._apply(config)
         except OutsideFault as error:
             text = "the configuration was not read anew, the old one holds: %s"
+            set_up_logging(self._config.log_level)  # type: ignore[attr-defined]
             logger.error(text, error, extra={"action": "reload_refused"})
             notify(READY="1", STATUS=f"reload refused: {error}")
             return

@@ -181,8 +181,10 @@ def _length(kind: mi.StrType | mi.BytesType | mi.ListType | mi.DictType) -> str:
 
 
 def number(value: float) -> str:
-    """A whole number, large powers of two and ten as such."""
+    """A number, large powers of two and ten as such."""
     whole = int(value)
+    if whole != value:
+        return f"{value:g}"
     if whole >= 2**14 and whole & (whole - 1) == 0:
         return f"2^{whole.bit_length() - 1}"
     if whole >= 10**4 and str(whole).strip("0") == "1":

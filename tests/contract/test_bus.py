@@ -244,6 +244,20 @@ async def test_no_will_after_a_goodbye(world: World, stack: contextlib.AsyncExit
     assert [r.payload for r in await received(watcher, 1)] == [b"alive"]
 
 
+async def test_connecting_anew_leaves_politely_and_keeps_the_filters(
+    world: World, stack: contextlib.AsyncExitStack
+) -> None:
+    watcher = await connected(stack, world, "watcher", "a/+/up/state")
+    agent = await connected(stack, world, "agent", "a/agent/down/#", will=lambda: Will("a/agent/up/state", b"dead"))
+    await agent.reconnect()
+    await until(agent, Disconnected)
+    await until(agent, Connected)
+    await agent.publish("a/agent/up/state", b"alive")
+    assert [r.payload for r in await received(watcher, 1)] == [b"alive"]
+    await watcher.publish("a/agent/down/cmd", b"hello")
+    assert [r.payload for r in await received(agent, 1)] == [b"hello"]
+
+
 async def test_a_restarted_broker_is_found_again(world: World, stack: contextlib.AsyncExitStack) -> None:
     reader = await connected(stack, world, "reader", "before")
     writer = await connected(stack, world, "writer")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from coordinator.export import export_peft
@@ -93,6 +94,19 @@ def test_peft_loads_it_and_computes_the_dense_sum(base_folder: Path, tmp_path: P
     assert torch.allclose(logits(model), expected, atol=1e-4)
     assert not torch.allclose(logits(load(base_folder)), expected, atol=0.1)
     assert torch.allclose(logits(model.merge_and_unload()), expected, atol=1e-4)
+
+
+def test_one_alpha_and_each_matrix_s_own_shape_are_enough_to_compute_it(base_folder: Path, tmp_path: Path) -> None:
+    """As llama.cpp does it: scale = lora_alpha / rank, the rank read from the matrix, no patterns."""
+    adapter = make_adapter(load(base_folder), [1, 3, 8, 2])
+    export_peft(adapter, tmp_path / "out", card=card(base_folder))
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert not {"rank_pattern", "alpha_pattern"} & config.keys()
+    arrays = load_file(tmp_path / "out/adapter_model.safetensors")
+    for name, factors in adapter.items():
+        a, b = (arrays[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+        assert len(a) == b.shape[1] == config["r"]
+        assert np.allclose(config["lora_alpha"] / b.shape[1] * b @ a, factors.b @ factors.a, atol=1e-6)
 
 
 def test_a_matrix_without_a_component_is_left_out(base_folder: Path, tmp_path: Path) -> None:

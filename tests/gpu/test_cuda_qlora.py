@@ -140,6 +140,21 @@ def test_it_learns_on_cuda_after_an_evaluation(cuda_task: MakeTask, bits: Bits) 
     assert Path(finished.file).is_file()
 
 
+def test_it_goes_on_from_a_checkpoint(cuda_task: MakeTask, tmp_path: Path) -> None:
+    """Kernels may add in another order, so the same to rounding."""
+    whole, _ = run(cuda_task("nf4"))
+    task = msgspec.structs.replace(cuda_task("nf4"), checkpoint=str(tmp_path / "training.checkpoint"))
+    trainer = QLora()
+    running = trainer.train(task)
+    while not (isinstance(event := next(running), Stepped) and event.n_steps == 6 and event.step == 3):
+        pass
+    assert trainer.suspend() is not None
+    running.close()
+    rest, finished = run(task)
+    assert rest == pytest.approx(whole[3:], rel=1e-2)
+    assert (finished.steps, finished.samples) == (6, 48)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_memory_formula_holds_on_cuda(cuda_task: MakeTask, checkpointing: bool) -> None:
     task = cuda_task("nf4", checkpointing=checkpointing)

@@ -60,7 +60,7 @@ async def test_a_stuck_consumer_is_not_fed(systemd: socket.socket, tmp_path: Pat
                 pass
 
     one = Coordinator(CoordinatorConfig(state_dir=str(tmp_path)), MemoryBroker().bus("coordinator"))
-    one.health = asked = Asked(lambda: one.disk.reason, stuck_s=0.05)
+    one.health = asked = Asked(one.disk.refusal, stuck_s=0.05)
     append, free = one.store.append, threading.Event()
 
     def hangs(events: Any) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import ssl
 import threading
 import time
@@ -292,3 +293,16 @@ def test_a_renewed_certificate_is_shown_to_the_next_who_connects(office: Office,
     window.server.renewed()
     pem = ssl.get_server_certificate(("127.0.0.1", window.port))
     assert own._names(keys.load_certificate(pem.encode(), "it"))[0] == "renewed.example"
+
+
+@pytest.mark.skipif("os.geteuid() != 0", reason="only root makes files for others")
+def test_an_identity_that_root_makes_belongs_to_whom_the_state_folder_belongs(
+    office: Office, open_desk: OpenDesk, tmp_path: Path
+) -> None:
+    state = place(tmp_path).state_dir
+    state.mkdir()
+    os.chown(state, 12_345, 12_346)
+    joined(office, open_desk, tmp_path)
+    made = [place(tmp_path).identity, *place(tmp_path).identity.iterdir()]
+    assert len(made) > 3
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in made} == {(12_345, 12_346)}
