@@ -5,6 +5,7 @@
 # make simulate   10,000 simulated fleets with all faults, on all cores (some 20 minutes on two; quick: make simulate SEEDS=1-100)
 # make fuzz   a million hostile inputs for every target that reads foreign bytes (hours; quick: make fuzz ARGS='--runs 10000')
 # make docs       the pages as a site that can be read offline: dist/site/index.html
+# make package   a wheel and a Debian package into dist/; make test-install   that package on a clean Debian with systemd (root, minutes)
 # make bench-pipeline   fedpipe beside published baselines on a virtual fleet (an hour; quick: make bench-pipeline ARGS=--quick)
 PYTHON ?= python3
 VENV := .venv
@@ -58,6 +59,14 @@ fuzz: setup
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
+package: setup
+	scripts/package
+
+test-install: setup
+	@command -v debootstrap >/dev/null || scripts/apt-install debootstrap
+	@command -v systemd-nspawn >/dev/null || scripts/apt-install systemd-container
+	FEDPIPE_INSTALL_TEST=1 OMP_NUM_THREADS=1 scripts/test tests/deploy/test_install.py
 
 clean:
 	rm -rf $(VENV) dist build

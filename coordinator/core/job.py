@@ -216,13 +216,11 @@ class Job:
     def _close(self, why: str) -> None:
         round_ = self.state.round
         assert round_ is not None
-        for share in self._open_shares():
+        open_shares = self._open_shares()
+        if round_.purpose == "train":
+            self._remember(round_, open_shares)
+        for share in open_shares:
             superseded = why.startswith("superseded")
-            if share.choice and round_.purpose == "train":
-                by_round = self.state.tried.setdefault(share.agent, {})
-                by_round.setdefault(round_.number, {})[share.attempt] = share.choice
-                if self.rules.late == "add":
-                    self.state.missed.setdefault(share.agent, {})[round_.number] = share.choice
             self.end_share(share, round_.number, ExecState.SUPERSEDED if superseded else ExecState.TIMED_OUT, why)
         if round_.purpose == "evaluate":
             self.end(Phase.COMPLETED, "")
@@ -234,6 +232,17 @@ class Job:
             self.out.append(plans.aggregate(self.state, round_))
         else:
             self._retry(f"{n_done} of the {round_.quorum} updates needed")
+
+    def _remember(self, round_: Round, open_shares: list[Share]) -> None:
+        """What was planned for those without an update: one may still come, also of a share that had failed and began again."""
+        for share in round_.shares.values():
+            if share.choice and share.state is not ExecState.DONE:
+                by_round = self.state.tried.setdefault(share.agent, {})
+                by_round.setdefault(round_.number, {})[share.attempt] = share.choice
+        if self.rules.late == "add":
+            for share in open_shares:
+                if share.choice:
+                    self.state.missed.setdefault(share.agent, {})[round_.number] = share.choice
 
     def _retry(self, why: str) -> None:
         round_ = self.state.round

@@ -300,8 +300,9 @@ class Edge:
         self._say_report()
 
     def _arm(self) -> None:
-        """Come back when the core or an offer is due."""
-        due = [at for at in (self.core.wake_at, self._uploads.wake_at) if at is not None]
+        """Come back when the core or an offer is due; without a connection no offer is."""
+        offers_at = self._uploads.wake_at if self._broker.is_connected(self.name) else None
+        due = [at for at in (self.core.wake_at, offers_at) if at is not None]
         at = min(due, default=float("inf")) - self._offset_s
         if at < self._rings_at:
             self._rings_at = max(at, self._clockwork.now + 1e-3)
@@ -314,9 +315,4 @@ class Edge:
         if (at := self.core.wake_at) is not None and at <= self.clock():
             self.tell(ev.Tick())
         else:
-            self._arm_later()
-
-    def _arm_later(self) -> None:
-        """Without a connection no offer is due."""
-        if self._broker.is_connected(self.name) or self.core.wake_at is not None:
             self._arm()

@@ -163,6 +163,14 @@ def test_an_update_of_the_first_attempt_counts_in_the_third_by_its_own_plan(play
     assert [(c.agent, c.attempt, c.weight) for c in fold.contributions] == [("a", 0, 4.0), ("b", 0, 32.0)]
 
 
+def test_an_update_of_a_share_that_had_failed_and_began_again_is_held_against_its_own_plan(play: Play) -> None:
+    play.ready("a", "b", round={"min_agents": 2}).plan(n_steps=4).trains("a")
+    tardy = play.offer("b", samples=32)
+    play.move("b", ExecState.FAILED, reason="died: SIGKILL").plan(n_steps=2)
+    assert play.job().attempt == 1
+    play.offers("b", tardy).expects(act.Fetch, offer=tardy)
+
+
 @pytest.mark.parametrize("is_planned", [False, True])
 def test_a_job_that_drops_late_updates_takes_those_of_a_round_that_is_still_open(play: Play, is_planned: bool) -> None:
     play.ready("a", "b", round={"min_agents": 2, "late": "drop"}).plan(n_steps=4).trains("a")

@@ -11,7 +11,6 @@ online() { fedpipe agents --json | grep -q '"online":true'; }
 dpkg -i /root/fedpipe_*.deb; told dpkg $?
 fedpipe-setup agent --wheels /wheels; told setup_agent $?
 fedpipe-setup coordinator --wheels /wheels; told setup_coordinator $?
-told config_mode "$(stat -c %a:%U:%G /etc/fedpipe/agent.toml)"
 
 cat >/etc/fedpipe/coordinator.toml <<'T'
 state_dir = "/var/lib/fedpipe-coordinator"
@@ -25,6 +24,7 @@ path = "/srv/notes/notes.jsonl"
 [base]
 model_dirs = ["/srv/models"]
 T
+chgrp fedpipe /etc/fedpipe/*.toml; chmod 640 /etc/fedpipe/*.toml
 fedpipe-agent check-config; told check $?
 
 systemctl enable --now fedpipe-agent; told starts_without_broker $?
