@@ -97,7 +97,7 @@ def base_digest(folder: Path, cache: Path | None = None) -> str:
     """Sha256 over the files that make the base what it is, in the order of their names.
 
     `cache` is a JSON file of digests by path that is read and updated.  Cost: reads the whole model once, then nothing
-    until a size or modification time changes.
+    until a size or modification time changes.  Raises BadConfig for a file that cannot be read.
     """
     names = [folder / "config.json", folder / "tokenizer.json", *folder.glob("*.safetensors")]
     seen = _remembered(cache)
@@ -106,8 +106,12 @@ def base_digest(folder: Path, cache: Path | None = None) -> str:
     for file in sorted(path for path in names if path.is_file()):
         stat, known = file.stat(), seen.get(str(file))
         if known is None or (known.size, known.mtime_ns) != (stat.st_size, stat.st_mtime_ns):
-            with file.open("rb") as content:
-                found = hashlib.file_digest(content, "sha256").hexdigest()
+            try:
+                with file.open("rb") as content:
+                    found = hashlib.file_digest(content, "sha256").hexdigest()
+            except OSError as error:
+                text = f"base model: {file} cannot be read: {error.strerror or error}: let the agent's user read the folder"
+                raise BadConfig(text) from None
             known = seen[str(file)] = _Seen(stat.st_size, stat.st_mtime_ns, found)
         whole.update(f"{file.name} {known.sha256}\n".encode())
     if cache is not None and seen != before:

@@ -118,6 +118,7 @@ class Coordinator:
         async with self.bus, asyncio.TaskGroup() as group:
             self._group = group
             await self.bus.subscribe(*self.topics.coordinator_subscriptions())
+            self.tell(ev.BusLost(since=self.store.last_at()))
             named: dict[str, Coroutine[Any, Any, None]] = {
                 "consume": self._consume(),
                 "read": self._read(),
@@ -282,6 +283,8 @@ class Coordinator:
                 case Connected() as welcome:
                     self._connected(welcome)
                 case Disconnected(reason, refusal):
+                    if self.connected:
+                        self.tell(ev.BusLost())
                     self.connected, self.bus_fault = False, reason
                     logger.warning("no broker: %s", reason, extra={"action": "bus_down"})
                     notify(STATUS=f"no broker: {reason}")
@@ -291,6 +294,7 @@ class Coordinator:
 
     def _connected(self, welcome: Connected) -> None:
         self.connected, self.bus_fault = True, ""
+        self.tell(ev.BusFound())
         self.meter.n_connects += 1
         self.credentials.taken()
         self.exchange.max_packet_bytes = welcome.max_packet_bytes

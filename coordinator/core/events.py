@@ -146,6 +146,19 @@ class AggregateFailed(Event, frozen=True, kw_only=True):
     reason: str
 
 
+class BusLost(Event, frozen=True, kw_only=True):
+    """There is no broker any more: nobody can be heard, so no silence says anything.
+
+    `since`: when somebody was last known to be heard, at the start of a coordinator that was down; 0 is now.
+    """
+
+    since: float = 0.0
+
+
+class BusFound(Event, frozen=True, kw_only=True):
+    """The broker is there again, and agents come back one by one."""
+
+
 class Tick(Event, frozen=True, kw_only=True):
     """Time passed: the instant of `wake_at` came."""
 
@@ -165,5 +178,7 @@ Happened = (
     | PlanFailed
     | Aggregated
     | AggregateFailed
+    | BusLost
+    | BusFound
     | Tick
 )

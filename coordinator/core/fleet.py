@@ -12,6 +12,8 @@ a move that the tables do not hold is our own bug and raises IllegalMove.
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from coordinator.core import actions as act
@@ -34,6 +36,9 @@ OfJob = (
     | ev.Aggregated
     | ev.AggregateFailed
 )
+
+RETURN_S: Final = 60.0
+"""Agents try to reach a broker that was away after pauses that double, up to this (protocol/mqtt_bus.py)."""
 
 
 class Fleet:
@@ -62,6 +67,10 @@ class Fleet:
             case ev.AgentReported():
                 self._agent(event.agent).report = event.report
                 self.roster.touch(event.agent)
+            case ev.BusLost():
+                self._lost(event, now)
+            case ev.BusFound():
+                self._found(now, out)
             case ev.Tick():
                 pass
             case _:
@@ -177,6 +186,21 @@ class Fleet:
         for state in self._under_way():
             Job(state, self.roster, now, out).expel(agent.id, reason)
         self.roster.touch(agent.id)
+
+    def _lost(self, event: ev.BusLost, now: float) -> None:
+        """A broker that goes down says that all agents have gone; what is waited for waits until somebody can be heard."""
+        if not self.state.deaf_since:
+            self.state.deaf_since = min(event.since or now, now)
+            self.roster.touch(*self.state.agents)
+
+    def _found(self, now: float, out: list[act.Wish]) -> None:
+        if not self.state.deaf_since:
+            return
+        absence_s = now - self.state.deaf_since
+        self.state.deaf_since, self.state.heard_from = 0.0, now + min(RETURN_S, 2 * absence_s)
+        for state in self._under_way():
+            Job(state, self.roster, now, out).postpone(absence_s)
+        self.roster.touch(*self.state.agents)
 
     # ----------------------------------------------------------------------------------------------------- invariants
 

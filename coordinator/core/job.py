@@ -84,17 +84,30 @@ class Job:
         self.end(Phase.FAILED, f"{cause}: {why}")
 
     def advance(self) -> None:
-        """Do whatever has become possible or due."""
+        """Do whatever has become possible or due.  While nobody can be heard, nothing begins and no wait is over."""
+        if self.fleet.deaf_since:
+            if self.state.phase in {Phase.COLLECTING, Phase.EVALUATING} and self.roll.is_answered:
+                self._close("all have answered")
+            return
         survey.ask(self)
         if self.state.phase is Phase.WAITING:
             self._start()
         elif self.state.phase in {Phase.COLLECTING, Phase.EVALUATING}:
             self._close_if_due()
 
+    def postpone(self, absence_s: float) -> None:
+        """Nobody could be heard for so long: whoever was waited for is waited for as much longer."""
+        for share in self._open_surveys():
+            self.state.members[share.agent].survey_close_at += absence_s
+        self.state.waiting_since += absence_s
+        if self.state.round:
+            self.state.round.stop_at += absence_s
+            self.state.round.close_at += absence_s
+
     @property
     def wake_at(self) -> float | None:
         """When something becomes due by time alone; None when nothing does."""
-        if self.state.phase in ENDED:
+        if self.state.phase in ENDED or self.fleet.deaf_since:
             return None
         roll = self.roll
         due = [instants.after(self.now) for instants in (roll.survey_closes, roll.survey_waits, roll.share_waits)]

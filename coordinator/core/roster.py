@@ -12,6 +12,7 @@ Cost: `touch` is O(jobs under way) and O(log agents) where an instant changes; e
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -76,6 +77,10 @@ class Instants:
             self._at[agent] = at
             heapq.heappush(self._heap, (at, agent))
 
+    def __len__(self) -> int:
+        """Agents with an instant."""
+        return len(self._at)
+
     def after(self, now: float) -> float | None:
         """The earliest instant after `now`, which never goes back; None when there is none."""
         while self._heap and (self._heap[0][0] <= now or self._at.get(self._heap[0][1]) != self._heap[0][0]):
@@ -100,7 +105,7 @@ class Roll:
         self._name, self._method = job.spec.job.name, job.spec.job.method
         self._grace_s = job.spec.round.offline_grace_s
         self._only = frozenset(job.spec.job.only)
-        self._agents = fleet.agents
+        self._fleet, self._agents = fleet, fleet.agents
         self.of: dict[str, Standing] = {}
         self.ready, self.coming, self.unasked, self.surveyed, self.stray = (Group() for _ in range(5))
         self.surveying, self.working, self.done = (Group() for _ in range(3))
@@ -124,7 +129,8 @@ class Roll:
         job = self.job
         member = job.members.get(agent.id)
         share = job.round.shares.get(agent.id) if job.round else None
-        back_by = None if agent.online else agent.since + self._grace_s
+        gone_from = max(agent.since, self._fleet.heard_from)
+        back_by = None if agent.online else math.inf if self._fleet.deaf_since else gone_from + self._grace_s
         held = holder not in {"", self._name}
         free = not agent.task and not held and self._may_join(agent)
         elsewhere = held or agent.task not in {"", self._name}
@@ -165,6 +171,11 @@ class Roll:
     def surveys_vanished(self, now: float) -> bool:
         """Whether no survey is open whose agent is there or may still come back in time."""
         return not self.surveying and self.survey_waits.after(now) is None
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether every share of the open round has ended."""
+        return not self.working and not self.share_waits
 
     def shares_vanished(self, now: float) -> bool:
         """Whether no share is open whose agent is there or may still come back in time."""

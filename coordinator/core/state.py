@@ -233,3 +233,7 @@ class FleetState(msgspec.Struct, kw_only=True):
     jobs: dict[str, JobState] = {}
     counts: dict[str, int] = {}
     """What peers did wrong or twice, by kind."""
+    deaf_since: float = 0.0
+    """Since when there is no broker, so that nobody can be heard; 0 while there is one."""
+    heard_from: float = 0.0
+    """No agent's absence counts from an earlier instant: after the broker was away they need time to come back."""

@@ -99,6 +99,7 @@ class Cloud:
         for name in self.edges:
             self.doubt(name)
         self._moved()
+        self.tell(ev.BusLost(since=self.disk.last_at))
         self._reach(0)
 
     def crash(self) -> None:
@@ -296,6 +297,7 @@ class Cloud:
     def welcomed(self) -> None:
         """See Client."""
         self.epoch += 1
+        self.tell(ev.BusFound())
         self.say(TOPICS.coordinator_state(), self._state(online=True), retain=True)
         self._inbound.nudge()
         for wish in self.fleet.resume(self.clock()):
@@ -308,6 +310,7 @@ class Cloud:
         """See Client."""
         self.epoch += 1
         if self.running:
+            self.tell(ev.BusLost())
             self._reach(0)
 
     def _state(self, *, online: bool) -> CoordinatorState:

@@ -122,7 +122,8 @@ class Witness:
             elif job.phase is Phase.AGGREGATING:
                 assert f"fold/{where}" in slow, f"{where} is being folded by nobody"
             elif job.phase not in ENDED:
-                assert wake_at is not None, f"{where} is {job.phase} and wakes never"
+                is_due = wake_at is not None or fleet.state.deaf_since
+                assert is_due, f"{where} is {job.phase} and wakes never"
 
     # --------------------------------------------------------------------------------------------------------- the end
 

@@ -72,3 +72,9 @@ def test_a_remembered_digest_costs_no_reading_and_notices_change(models: Path, t
     assert base_digest(copy, cache) == base_digest(copy)
     cache.write_text("garbage")
     assert base_digest(other, cache) == first
+
+
+def test_a_file_that_cannot_be_read_is_named_with_the_next_step(tmp_path: Path) -> None:
+    (tmp_path / "config.json").symlink_to("/proc/self/mem")  # a plain file that refuses also to root
+    with pytest.raises(BadConfig, match=r"config\.json cannot be read: Input/output error: let the agent's user read"):
+        base_digest(tmp_path)

@@ -251,6 +251,11 @@ class World(RuleBasedStateMachine):
     def leave(self, agent: str, session: str) -> None:
         self.feed(ev.AgentLeft(agent=agent, session=session, reason="will"))
 
+    @rule(is_back=st.sampled_from([True, True, False]), ago=st.sampled_from([0.0, 0.0, 500.0]))
+    def broker(self, ago: float, *, is_back: bool) -> None:
+        """The broker goes, and comes back; a coordinator that was down says since when it heard nobody."""
+        self.feed(ev.BusFound() if is_back else ev.BusLost(since=self.now - ago if ago else 0.0))
+
     @rule(agent=agents)
     def revoke(self, agent: str) -> None:
         self.feed(ev.AgentRevoked(agent=agent, reason="stolen"))
@@ -394,7 +399,8 @@ class World(RuleBasedStateMachine):
                 assert encode_state(fleet.state) == snapshot
 
     def _time_alone_brings_an_end(self) -> None:
-        """With slow work answered and not one word from any agent, every job ends within a bounded number of ticks."""
+        """With the broker there, slow work answered and not one word from any agent, every job ends within a bounded number of ticks."""
+        self.feed(ev.BusFound())
         for _ in range(MAX_TICKS):
             self.work()
             self.holds()

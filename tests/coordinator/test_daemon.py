@@ -647,7 +647,9 @@ async def test_a_hostile_update_is_declined_and_the_round_goes_on(
     assert [r.reason for r in mallory.refused] == [first.shares["mallory"].reason]
     assert mallory.accepted == []
     assert stage.masters() == wanted[:1], "as if mallory had not been there"
-    assert len(list(stage.coordinator.blobs)) == 2, "the adapter and its model; nothing of mallory's"
+    async with asyncio.timeout(10):  # the adapter and its model; nothing of mallory's
+        while len(list(stage.coordinator.blobs)) != 2:  # noqa: ASYNC110 - files have no event
+            await asyncio.sleep(0.01)
     assert list(stage.coordinator.blobs.partial.iterdir()) == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from coordinator.core import actions as act
+from coordinator.core import events as ev
 from coordinator.core.fleet import encode_state
 from coordinator.core.state import Phase
 from protocol.messages import ExecState, Matrix, Surveyed
@@ -231,3 +232,47 @@ def test_an_evaluation_does_not_wait_longer_than_its_deadline(play: Play) -> Non
     done = play.ticks(50.0)
     done.expects(act.Finish, phase="completed")
     done.expects(act.Withdraw, agent="b", cancel={"round": 2})
+
+
+# ------------------------------------------------------------------------------------------------- without a broker
+
+
+def test_a_broker_that_goes_down_says_that_all_have_gone_and_nobody_is_given_up_for_that(play: Play) -> None:
+    play.ready("a", "b", round={"min_agents": 2}).plan().leave("a", "b").feed(ev.BusLost())
+    assert play.fleet.wake_at is None
+    play.ticks(3600.0).lacks(act.Record)
+    play.feed(ev.BusFound()).ticks(3601.0).join("a", "b").expects(act.Assign, agent="b", plan={"attempt": 0})
+    play.trains("a", "b").expects(act.Aggregate, attempt=0)
+
+
+def test_the_deadlines_wait_as_long_as_nobody_could_be_heard(play: Play) -> None:
+    play.ready("a", "b", round={"min_agents": 2}).plan()
+    assert play.job().round
+    left_s = play.job().round.close_at - play.now
+    play.feed(ev.BusLost()).ticks(1000.0).lacks(act.Record)
+    play.feed(ev.BusFound())
+    assert play.job().round.close_at - play.now == left_s
+
+
+def test_who_does_not_come_back_to_the_broker_is_given_up_in_the_end(play: Play) -> None:
+    play.ready("a", "b").plan().trains("a").leave("b").feed(ev.BusLost())
+    play.ticks(100.0).feed(ev.BusFound())
+    play.ticks(100.0 + 60.0 + 9.9).lacks(act.Aggregate)  # their longest pause, and the grace
+    play.ticks(100.0 + 60.0 + 10.0).expects(act.Aggregate)
+
+
+def test_an_update_that_was_on_disk_already_closes_the_round_without_a_broker(play: Play) -> None:
+    play.ready("a").plan()
+    offer = play.offer("a")
+    play.offers("a", offer).feed(ev.BusLost(), ev.UpdateStored(agent="a", offer=offer)).expects(act.Aggregate)
+    play.fold().lacks(act.Assign)
+    play.feed(ev.BusFound()).expects(act.MakePlan, round=2)
+
+
+def test_a_coordinator_that_was_down_gives_the_time_back_that_it_missed(play: Play) -> None:
+    play.ready("a", "b").plan()
+    assert play.job().round
+    close_at, down_at = play.job().round.close_at, play.now
+    play.now += 500.0
+    play.feed(ev.BusLost(since=down_at), ev.BusFound()).lacks(act.Record)
+    assert play.job().round.close_at == close_at + 500.0
