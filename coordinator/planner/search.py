@@ -30,6 +30,8 @@ CAPACITY: Final = 3.0
 WIDTH: Final[dict[Bits, int]] = {"none": 2, "int8": 1, "nf4": 0}
 DEPTHS: Final = (0.0, 0.25, 0.5, 0.75)
 """Shares of the blocks, from the bottom, that may go without adapters: no backward pass reaches them."""
+SHORTEST_S: Final = 1e-6
+"""A step takes at least this, whatever was measured of a tiny base."""
 LARGEST: Final = 2
 """A step accumulates up to this many of the largest micro-batch."""
 N_PREFIXES: Final = 160
@@ -98,7 +100,7 @@ def _path(ask: Ask, one: Server, mode: Mode) -> Ints | None:
     parts = costs(ask, one, mode)
     room = max(one.limit_bytes - parts.base_bytes, 1.0)
     typical_s = ask.spec.round.train_s or math.sqrt(ask.spec.plan.min_train_s * ask.spec.plan.max_train_s)
-    time = parts.time / parts.base_s + upload_s(ask, one) / typical_s
+    time = parts.time / max(parts.base_s, SHORTEST_S) + upload_s(ask, one) / typical_s
     path = hull.path(one.gain, parts.memory, time, (1.0 / room, 1.0), open_to)
     at = np.unique(np.linspace(0, len(path.steps), N_PREFIXES).astype(int))
     return path.prefixes(at)
@@ -115,7 +117,7 @@ def _frontier(ask: Ask, one: Server, mode: Mode, options: Ints) -> Frontier:
         mode=mode,
         options=options,
         importance=summed(one.gain),
-        step_s=parts.base_s + summed(parts.time),
+        step_s=np.maximum(parts.base_s + summed(parts.time), SHORTEST_S),
         peak_bytes=parts.base_bytes + summed(parts.memory),
         up_s=summed(upload_s(ask, one)),
     )
