@@ -259,5 +259,6 @@ def _packet_bytes(data: bytes) -> int:
 
 def _reset(writer: asyncio.StreamWriter) -> None:
     """Close with a RST."""
-    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    with contextlib.suppress(OSError):  # it is closed already
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
     writer.transport.abort()

@@ -29,7 +29,7 @@ from protocol.updates import write_update
 Served = Any
 """The fixture's type; it lives in tests/conftest.py."""
 
-WAIT_MS = 20_000
+WAIT_MS = 60_000
 GB = 10**9
 
 

@@ -35,7 +35,7 @@ source = "toy"
 n_rounds = 2
 min_agents = 2
 """
-expect.set_options(timeout=20_000)
+expect.set_options(timeout=60_000)
 HOSTILE = "<img src=x onerror='window.taken=1'><script>window.taken=1</script>"
 PLACES = {
     "fleet": "#/",
