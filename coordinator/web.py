@@ -55,7 +55,6 @@ from coordinator.tarball import adapter_tar
 from coordinator.trust.desk import Counter
 from coordinator.trust.office import Refused
 from protocol import SOFTWARE
-from protocol.blobs import disk
 from protocol.errors import BadConfig, OutsideFault, Unavailable
 from protocol.files import replacing
 from protocol.metrics import CONTENT_TYPE, PATH, exposition
@@ -357,9 +356,12 @@ async def serve_api(coordinator: Coordinator) -> None:
     tls = speaks_tls(coordinator)
     listening = listen(config)
     url = url_of(listening, "https" if tls else "http")
-    with disk(place.parent), replacing(place) as file:
-        os.fchmod(file.fileno(), 0o600)
-        file.write(msgspec.json.encode({"url": url, "pid": os.getpid()}) + b"\n")
+    try:
+        with replacing(place) as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(msgspec.json.encode({"url": url, "pid": os.getpid()}) + b"\n")
+    except OSError as error:  # a full disk must not keep the coordinator from making room
+        logger.error("%s cannot be written: %s: make room", place, error.strerror, extra={"action": "disk"})
     logger.info("API at %s", url, extra={"action": "api_up", "token": bool(token)})
     try:
         await serve(coordinator, listening, token, tls=tls)

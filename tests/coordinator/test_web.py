@@ -22,6 +22,7 @@ from coordinator.config import CoordinatorConfig, Web
 from coordinator.core import events as ev
 from coordinator.core.state import Phase
 from coordinator.daemon import Coordinator
+from fedpipe.broker import free_port
 from protocol.errors import BadConfig, Unavailable
 from protocol.frames import encode_frame
 from protocol.memory_bus import MemoryBroker
@@ -368,3 +369,20 @@ async def test_the_api_lives_beside_the_daemon_and_leaves_its_signals_alone(tmp_
             await client.get(f"{url}/v1/health")
     assert rest[0].startswith("data: ")
     assert not place.exists()
+
+
+async def test_the_api_answers_also_where_its_place_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "api.json").mkdir()
+    config = CoordinatorConfig(state_dir=str(tmp_path), web=Web(port=free_port()))
+    stop, coordinator = asyncio.Event(), Coordinator(config, MemoryBroker().bus("coordinator"))
+    running = asyncio.create_task(coordinator.run(stop, web.serve_api(coordinator)))
+    async with httpx.AsyncClient(trust_env=False, timeout=30) as client, asyncio.timeout(30):
+        while True:
+            try:
+                answer = await client.get(f"http://127.0.0.1:{config.web.port}/v1/health")
+                break
+            except httpx.ConnectError:
+                await asyncio.sleep(0.01)
+    assert answer.json()["status"] == "ok"
+    stop.set()
+    await running
