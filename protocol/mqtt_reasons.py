@@ -93,6 +93,8 @@ def obstacle(error: BaseException | None, address: Address) -> str:
             return (
                 f"no TLS with {address} ({error}): is that its TLS port?  For a plain one write mqtt:// in broker.url"
             )
+        case ConnectionResetError():  # it may come before or after the socket calls itself connected
+            return broken(address, welcomed=False, detail=str(error))
         case ConnectionRefusedError():
             return f"nothing listens at {address}: start the broker or correct broker.url"
         case TimeoutError():

@@ -11,6 +11,7 @@ online() { fedpipe agents --json | grep -q '"online":true'; }
 dpkg -i /root/fedpipe_*.deb; told dpkg $?
 fedpipe-setup agent --wheels /wheels; told setup_agent $?
 fedpipe-setup coordinator --wheels /wheels; told setup_coordinator $?
+told config_mode "$(stat -c %a:%U:%G /etc/fedpipe)"
 
 cat >/etc/fedpipe/coordinator.toml <<'T'
 state_dir = "/var/lib/fedpipe-coordinator"
@@ -28,6 +29,8 @@ chgrp fedpipe /etc/fedpipe/*.toml; chmod 640 /etc/fedpipe/*.toml
 fedpipe-agent check-config; told check $?
 
 systemctl enable --now fedpipe-agent; told starts_without_broker $?
+nothing_there() { shown agent StatusText | grep -q "no broker"; }
+until_true nothing_there
 told status_without_broker "$(shown agent StatusText)"
 systemctl start mosquitto
 systemctl enable --now fedpipe-coordinator; told coordinator $?

@@ -94,7 +94,8 @@ def _do(*command: object) -> None:
 def test_every_step_of_the_afternoon_succeeds(told: dict[str, str]) -> None:
     steps = ("dpkg", "setup_agent", "setup_coordinator", "check", "starts_without_broker", "coordinator", "online")
     assert {step: told[step] for step in steps} == dict.fromkeys(steps, "0")
-    assert "broker" in told["status_without_broker"]
+    assert told["config_mode"] == "750:root:fedpipe"
+    assert "no broker" in told["status_without_broker"]
     assert told["user"].strip() == "fedpipe"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -267,8 +266,7 @@ async def test_hours_without_a_broker_cost_nothing_and_end_at_once() -> None:
         async with Proxy("127.0.0.1", 1) as there:  # somebody listens: the next news is another one
             there.accepting = "refuse"
             async with mqtt_bus(BrokerConfig(url=f"mqtt://127.0.0.1:{there.port}"), "other", lambda: None) as other:
-                reason = (await other.next()).reason  # type: ignore[union-attr]
-                assert re.search("without a welcome|reset by peer", reason), reason
+                assert "without a welcome" in (await other.next()).reason  # type: ignore[union-attr]
         assert bus._happenings.empty()
 
 

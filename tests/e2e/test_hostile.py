@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 GROWTH_BYTES = 96 * 2**20
 """5,000 invented agents are remembered, at some KB each; a queue of what was flooded would be several times this."""
+N_FLOOD = 5000
 N_LINES = 400
 REFUSED = {
     *("bad_message", "wrong_version", "wrong_type", "oversized", "bad_topic", "stranger", "flood", "stale_session"),
@@ -63,6 +64,9 @@ async def test_a_flooding_client_changes_nothing(fleet: Callable[..., Any], text
         before = peak_bytes(running)
         with Hostile(running.broker_port, job="stormy", seed=1, victims=tuple(honest)) as hostile:
             await run("stormy")
+            async with asyncio.timeout(60):  # a quick job is over before there was a flood
+                while sum(hostile.n_sent.values()) <= N_FLOOD:  # noqa: ASYNC110 - a counter has no event
+                    await asyncio.sleep(0.05)
         seen, after = await look(running), peak_bytes(running)
 
         calm, stormy = await adapter(running, "calm"), await adapter(running, "stormy")
@@ -73,7 +77,6 @@ async def test_a_flooding_client_changes_nothing(fleet: Callable[..., Any], text
 
         assert after - before < GROWTH_BYTES, f"the coordinator grew by {(after - before) / 2**20:.0f} MiB"
         assert seen.counts.keys() >= REFUSED, seen.counts
-        assert sum(hostile.n_sent.values()) > 1000, "there was a flood"
         lines = running.cluster.members["coordinator"].log.read_text().splitlines()
         assert len(lines) < N_LINES, f"{len(lines)} lines, {sum(seen.counts.values())} refusals"
         assert all(agent in {v.id for v in seen.agents} for agent in honest)
