@@ -20,14 +20,14 @@ from coordinator.core.state import ENDED
 from fedpipe.simulation import planning
 from fedpipe.simulation.broker import COORDINATOR, TOPICS, Broker, Will
 from fedpipe.simulation.clockwork import Clockwork, Life
-from fedpipe.simulation.disk import Disk, digest, folded
+from fedpipe.simulation.disk import Disk, folded, served
 from fedpipe.simulation.inbound import Inbound
 from fedpipe.simulation.scenario import Faults
 from fedpipe.simulation.witness import Witness
 from protocol import codec
 from protocol.daemon import OncePer
 from protocol.errors import BadMessage
-from protocol.messages import Blob, Body, CoordinatorState, Done, Offer, Rebirth, Refuse
+from protocol.messages import Body, CoordinatorState, Done, Offer, Rebirth, Refuse
 
 if TYPE_CHECKING:
     from fedpipe.simulation.edge import Edge
@@ -237,7 +237,7 @@ class Cloud:
                 self._fold(wish)
             case act.Serve(blob=blob):
                 self._served.add(blob.xfer)
-            case act.Record() | act.Finish():
+            case act.Record() | act.Finish() | act.Restore():
                 pass
 
     def spawn(self, name: str, delay_s: float, end: Callable[[], None]) -> None:
@@ -269,9 +269,13 @@ class Cloud:
             self.clockwork.fault("fold failed", COORDINATOR)
             return ev.AggregateFailed(job=wish.job, round=wish.round, attempt=wish.attempt, reason="the disk is broken")
         master = folded(wish.master, wish.contributions)
-        model = Blob(sha256=digest(f"served/{master}"), size=1000)
         return ev.Aggregated(
-            job=wish.job, round=wish.round, attempt=wish.attempt, version=wish.version, model=model, master=master
+            job=wish.job,
+            round=wish.round,
+            attempt=wish.attempt,
+            version=wish.version,
+            model=served(master),
+            master=master,
         )
 
     def connection_with(self, agent: str) -> tuple[int, int] | None:

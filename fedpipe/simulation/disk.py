@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 
 from coordinator.core.state import Contribution
+from protocol.messages import Blob
 
 
 class Disk:
@@ -29,6 +30,11 @@ class Disk:
 def digest(text: str) -> str:
     """A digest as of a file with this content."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def served(master: str) -> Blob:
+    """What agents are given of this master."""
+    return Blob(sha256=digest(f"served/{master}"), size=1000)
 
 
 def folded(master: str, contributions: Sequence[Contribution]) -> str:

@@ -50,7 +50,7 @@ class Edge:
         self.model = ""
         self.faults = faults
         self.running, self.reachable = False, True
-        self.epoch = self.n_lives = 0
+        self.epoch = self.n_lives = self._trains_from = 0
         self.session = ""
         self.cloud: Cloud
         self._clockwork, self._broker, self._witness = clockwork, broker, witness
@@ -138,7 +138,8 @@ class Edge:
                 self._fetch(blob.xfer, sha256)
             case act.DropModel():
                 self._stop_pulling()
-            case act.StartChild():
+            case act.StartChild(plan=plan):
+                self._trains_from = plan.version
                 self.child.begin(wish, boot=self.n_lives)
             case act.StopChild(suspend=suspend):
                 self.child.stop(suspend=suspend)
@@ -159,6 +160,7 @@ class Edge:
     def _child_said(self, event: ev.Happened) -> None:
         if isinstance(event, ev.ChildFinished) and event.update is not None:
             self.outbox[event.update.blob.xfer] = event.update  # durable before anybody hears of it
+            self._witness.trained(event.update, self._trains_from)
             if self._chance.random() < self.faults.bad_update_ratio:
                 self.cloud.spoiled.add(event.update.blob.sha256)
             if self._chance.random() < self.faults.child_death_ratio / 4:
@@ -268,8 +270,8 @@ class Edge:
             case Plan() as plan:
                 self.tell(ev.PlanCame(plan=plan))
             case Cancel() as cancel:
-                key = (cancel.job, cancel.round, cancel.attempt)
-                self.tell(ev.CancelCame(job=key[0], round=key[1], attempt=key[2], reason=cancel.reason))
+                key = {"job": cancel.job, "round": cancel.round, "attempt": cancel.attempt}
+                self.tell(ev.CancelCame(**key, reason=cancel.reason, keep=cancel.keep))  # type: ignore[arg-type]
             case Rebirth():
                 self.tell(ev.RebirthAsked())
             case CoordinatorState(session=session, online=online):

@@ -49,6 +49,10 @@ class Faults(msgspec.Struct, frozen=True, kw_only=True):
     fold_failure_ratio: float = 0.0
     cancel_ratio: float = 0.0
     """Of jobs."""
+    job_pauses_per_h: float = 0.0
+    """Jobs that an operator pauses, for minutes."""
+    rollbacks_per_h: float = 0.0
+    """Jobs that an operator takes back to an earlier version."""
 
 
 CALM = Faults()
@@ -83,6 +87,8 @@ MANY = Faults(
     planner_failure_ratio=0.01,
     fold_failure_ratio=0.003,
     cancel_ratio=0.05,
+    job_pauses_per_h=2.0,
+    rollbacks_per_h=2.0,
 )
 RATES = {Level.NONE: CALM, Level.SOME: SOME, Level.MANY: MANY}
 

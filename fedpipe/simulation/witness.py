@@ -15,6 +15,7 @@ from coordinator.core import events as ev
 from coordinator.core.fleet import Fleet, decode_state, encode_state
 from coordinator.core.state import ENDED, Contribution, Phase
 from fedpipe.simulation.disk import Disk, folded
+from protocol.messages import Offer
 
 _event = msgspec.msgpack.Decoder(ev.Happened)
 Key = tuple[str, str, int]
@@ -35,6 +36,12 @@ class Witness:
         self._seq = 0
         self._asked: dict[tuple[str, int, int], list[Contribution]] = {}
         self._masters: dict[str, list[str]] = {}
+        self._rounds: dict[str, set[int]] = {}
+        self._trained_from: dict[str, int] = {}
+        self._left: set[tuple[str, int]] = set()
+        """Versions of jobs that were rolled back behind them."""
+        self._let_go: set[tuple[Key, str]] = set()
+        """Updates that were acknowledged, and lost their place when their job was rolled back."""
         self._known: set[tuple[str, str]] = set()
         self._expected: bytes | None = None
 
@@ -58,6 +65,8 @@ class Witness:
                     f"{wish.job} ended as {wish.phase} without a reason"
                 )
                 self.ends[wish.job] = (wish.phase, wish.reason)
+            elif isinstance(wish, act.Restore):
+                self._restored(wish)
         if isinstance(event, ev.Aggregated):
             self._aggregated(event, fleet)
         if self.n_events % self._check_every == 0:
@@ -72,15 +81,21 @@ class Witness:
             known = self.counted.setdefault(key, offer.blob.sha256)
             assert known == offer.blob.sha256, f"two updates of {key} are acknowledged"
             self._known.add((event.agent, offer.blob.xfer))
-        assert self.counted.get(key) == offer.blob.sha256, f"an update of {key} is acknowledged that was never stored"
+        is_stored = self.counted.get(key) == offer.blob.sha256 or (key, offer.blob.sha256) in self._let_go
+        assert is_stored, f"an update of {key} is acknowledged that was never stored"
 
     def _is_to_be_folded(self, wish: act.Aggregate) -> None:
-        known = self._asked.setdefault((wish.job, wish.round, wish.attempt), wish.contributions)
-        assert known == wish.contributions, f"the fold of {wish.job}, round {wish.round}, changed"
+        known = self._asked.get((wish.job, wish.round, wish.attempt))
+        if known is not None:
+            assert known == wish.contributions, f"the fold of {wish.job}, round {wish.round}, changed"
+            return
+        self._asked[wish.job, wish.round, wish.attempt] = wish.contributions
         for c in wish.contributions:
             key = (wish.job, c.agent, c.round)
             assert self.counted.get(key) == c.sha256, f"{key} is folded and was never acknowledged"
             assert key not in self.folded, f"{key} is folded twice"
+            origin = wish.job, self._trained_from.pop(c.sha256)
+            assert origin not in self._left, f"{key} is folded and was made from version {origin[1]}, which was left"
 
     def _aggregated(self, event: ev.Aggregated, fleet: Fleet) -> None:
         masters = self._masters.setdefault(event.job, [""])
@@ -92,6 +107,23 @@ class Witness:
         assert masters[-1] == event.master, f"version {event.version} of {event.job} is not the fold of its updates"
         for c in contributions:
             self.folded[event.job, c.agent, c.round] = event.version
+        self._rounds.setdefault(event.job, set()).add(event.round)
+
+    def _restored(self, wish: act.Restore) -> None:
+        masters = self._masters[wish.job]
+        assert (wish.version, wish.master) == (len(masters), masters[wish.of]), f"{wish} is no version again"
+        masters.append(wish.master)
+        self._left |= {(wish.job, version) for version in range(wish.of + 1, wish.version)}
+        let_go = {key for key in self.counted if key[0] == wish.job and key not in self.folded}
+        self._let_go |= {(key, self.counted.pop(key)) for key in let_go}
+
+    def master(self, job: str, version: int) -> str:
+        """What a version of a job is made of."""
+        return self._masters[job][version]
+
+    def trained(self, update: Offer, version: int) -> None:
+        """An agent made an update from a version of its job."""
+        self._trained_from[update.blob.sha256] = version
 
     def may_be_forgotten(self, agent: str, xfer: str) -> None:
         """An agent was told that its update is safe."""
@@ -121,6 +153,8 @@ class Witness:
                 assert f"plan/{where}" in slow, f"{where} is being planned by nobody"
             elif job.phase is Phase.AGGREGATING:
                 assert f"fold/{where}" in slow, f"{where} is being folded by nobody"
+            elif job.phase is Phase.PAUSED:
+                assert job.pause, f"{where} is paused by nobody"
             elif job.phase not in ENDED:
                 is_due = wake_at is not None or fleet.state.deaf_since
                 assert is_due, f"{where} is {job.phase} and wakes never"
@@ -144,6 +178,7 @@ class Witness:
         for name, job in fleet.state.jobs.items():
             assert self.ends[name] == (job.phase, job.reason)
             assert job.master == self._masters.get(name, [""])[-1], f"{name} is not the fold of what was acknowledged"
-            n_folds = len(self._masters.get(name, [""])) - 1
             written = {number for one, number, _ in disk.records if one == name}
-            assert set(range(1, n_folds + 1)) <= written, f"{name}: {n_folds} rounds, records of {sorted(written)}"
+            n_rounds = len(self._rounds.get(name, set()))
+            assert n_rounds == job.round_number, f"{name}: {n_rounds} folds in {job.round_number} rounds"
+            assert set(range(1, n_rounds + 1)) <= written, f"{name}: {n_rounds} rounds, records of {sorted(written)}"

@@ -15,11 +15,12 @@ import msgspec
 
 from coordinator.core import events as ev
 from coordinator.core.fleet import Fleet
+from coordinator.core.state import ENDED, JobState
 from fedpipe.simulation.broker import COORDINATOR, Broker
 from fedpipe.simulation.child import Traits
 from fedpipe.simulation.clockwork import EPOCH, Clockwork
 from fedpipe.simulation.cloud import CRASH_POINTS, Cloud
-from fedpipe.simulation.disk import digest
+from fedpipe.simulation.disk import digest, served
 from fedpipe.simulation.edge import Edge
 from fedpipe.simulation.scenario import CALM, RATES, Level, Scenario, agent_name
 from fedpipe.simulation.witness import Witness
@@ -120,6 +121,8 @@ class World:
             "coordinator": (self.faults.coordinator_per_h, self._crash_coordinator),
             "coordinator cut": (self.faults.coordinator_cuts_per_h, self._cut_coordinator),
             "broker": (self.faults.broker_per_h, self._crash_broker),
+            "job pause": (self.faults.job_pauses_per_h, self._pause_job),
+            "rollback": (self.faults.rollbacks_per_h, self._roll_back),
         }
         for name, (per_h, what) in rates.items():
             if per_h:
@@ -205,6 +208,42 @@ class World:
         if self.cloud.running:
             self.clockwork.fault("job cancelled", COORDINATOR)
             self.cloud.tell(ev.JobCancelled(job=name))
+
+    def _any_job(self) -> JobState | None:
+        jobs = list(self.cloud.fleet.state.jobs.values()) if self.cloud.running else []
+        return self._chance.choice(jobs) if jobs else None
+
+    def _pause_job(self) -> None:
+        job = self._any_job()
+        if job is None or job.phase in ENDED:
+            return
+        at_once = self._chance.random() < 0.5
+        self.clockwork.fault("job paused" + (" at once" if at_once else ""), COORDINATOR)
+        self.cloud.tell(ev.JobPaused(job=job.spec.job.name, by="operator", now=at_once))
+        self.clockwork.after(self._chance.uniform(5, 600), self.clockwork.always, self._resume_job, job.spec.job.name)
+
+    def _resume_job(self, name: str) -> None:
+        """An operator lets a job go on, and says so again until it does."""
+        if self.cloud.running:
+            if self.cloud.fleet.state.jobs[name].pause is None:
+                return
+            self.cloud.tell(ev.JobResumed(job=name, by="operator"))
+        self.clockwork.after(20.0, self.clockwork.always, self._resume_job, name)
+
+    def _roll_back(self) -> None:
+        """To any version that there is; whoever looked too early names one as new that is not."""
+        job = self._any_job()
+        if job is None or not job.version:
+            return
+        name, of = job.spec.job.name, self._chance.randint(1, job.version)
+        version = job.version + (self._chance.random() < 0.9)
+        self.clockwork.fault("job rolled back", COORDINATOR)
+        master = self.witness.master(name, of)
+        model = served(master)
+        back = ev.JobRolledBack(
+            job=name, of=of, version=version, round=1, model=model, master=master, by="operator", reason="worse"
+        )
+        self.cloud.tell(back)
 
     # -------------------------------------------------------------------------------------------------------- bad luck
 

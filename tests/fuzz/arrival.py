@@ -15,6 +15,9 @@ from tests.fuzz.script import Script
 MAX_AGENTS = 4
 TOPICS = Topics("main")
 LEAVES = [*EXPECTED, *edge.EXPECTED, "d/" + "a" * 32, "d/x", "nonsense", "", "state/x"]
+NAMES = ["a", "a", "a", "b", "UP", "x" * 70, "", "+", "#", "a\0b"]
+SIDES = ["up", "up", "up", "down", "", "x"]
+HUGE = [b"\x81" * (most + 1) for most in (codec.MAX_SMALL_BYTES, codec.MAX_MESSAGE_BYTES)]
 KINDS = SAID_AGAIN | {
     *("bad_message", "wrong_type", "wrong_version", "oversized", "bad_topic", "flood", "stranger_flood", "fleet_full"),
 }
@@ -27,12 +30,7 @@ def arrival(data: bytes) -> None:
     intake = Intake(TOPICS, MAX_AGENTS, lambda: agents)
     while script.more:
         now += script.pick([0.0, 0.0, 0.001, 1.0, 100.0])
-        name = script.pick(["a", "a", "b", f"s{script.below(256)}", "UP", "x" * 70, "", "+", "#", "a\0"])
-        side = script.pick(["up", "up", "up", "down", "", "x"])
-        topic = script.pick(
-            [f"fed/v1/main/a/{name}/{side}/{script.pick(LEAVES)}"] * 8
-            + ["fed/v1/main/c/state", "fed/v1/other/a/a/up/state", "fed/v1/main/c/job/x", "x" * 300]
-        )
+        topic = _topic(script)
         payload = _payload(script)
         try:
             heard = intake.receive(topic, payload, now)
@@ -58,6 +56,14 @@ def arrival(data: bytes) -> None:
         intake.gate.check()
 
 
+def _topic(script: Script) -> str:
+    whim = script.below(8)
+    if whim == 7:
+        return script.pick(["fed/v1/main/c/state", "fed/v1/other/a/a/up/state", "fed/v1/main/c/job/x", "x" * 300])
+    name = script.pick(NAMES) if whim else f"s{script.below(256)}"
+    return f"fed/v1/main/a/{name}/{script.pick(SIDES)}/{script.pick(LEAVES)}"
+
+
 def _opened(_topic: str, payload: bytes, *kinds: type[Message]) -> Envelope:
     return codec.decode(payload, *kinds)
 
@@ -67,12 +73,13 @@ def _is_named(error: BadMessage) -> None:
 
 
 def _payload(script: Script) -> bytes:
-    match script.below(8):
+    match script.below(16):
         case 0:
             return script.take(script.below(40))
         case 1:
-            return b"\x81" * script.pick([codec.MAX_SMALL_BYTES + 1, codec.MAX_MESSAGE_BYTES + 1])
-    whole = bytearray(forged.message(script))
+            return script.pick(HUGE)
+    whole = forged.message(script.some(script.pick([4, 16, 32, 64])))
     if script.below(4) == 0:
-        whole[script.below(len(whole))] ^= 1 << script.below(8)
-    return bytes(whole[: len(whole) - script.pick([0, 0, 0, 1, 7])])
+        at = script.below(len(whole))
+        whole = whole[:at] + bytes([whole[at] ^ 1 << script.below(8)]) + whole[at + 1 :]
+    return whole[: len(whole) - script.pick([0, 0, 0, 1, 7])]

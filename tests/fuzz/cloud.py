@@ -48,6 +48,8 @@ PREDICTED = Prediction(
 )
 CHOICE = Choice(ranks={"q": 2, "v": 2}, bits="nf4", n_steps=1, batch=4, predicted=PREDICTED)
 MAX_TICKS = 200
+CHECKED_EVERY = 8
+"""Events between two looks at all invariants, which cost several times what an event does."""
 
 
 @cache
@@ -70,7 +72,7 @@ class Cloud:
     """The core, what it wishes, and slow work that answers."""
 
     def __init__(self) -> None:
-        self.fleet, self.now, self.serial, self.tag = Fleet(), T0, 0, 0
+        self.fleet, self.now, self.serial, self.tag, self.n_events = Fleet(), T0, 0, 0, 0
         self.held: dict[str, Plan] = {}
         self.plans: list[Plan] = []
         self.fetches: list[act.Fetch] = []
@@ -84,7 +86,7 @@ class Cloud:
             self.feed(event)
 
     def feed(self, event: ev.Happened) -> None:
-        """One event; the laws hold after it."""
+        """One event; the laws hold after it, which is looked at now and then."""
         for wish in self.fleet.handle(event, self.now):
             match wish:
                 case act.Assign(agent=agent, plan=plan):
@@ -100,12 +102,16 @@ class Cloud:
                 case act.Aggregate():
                     self.slow.append(wish)
                     self._fair(wish)
+                case act.Restore(version=version, of=of):
+                    assert of < version, "a version is restored from a later one"
                 case act.Finish(job=job):
                     assert job not in self.finished, "ended twice"
                     self.finished[job] = wish.reason
                 case _:
                     pass
-        self.fleet.check()
+        self.n_events += 1
+        if self.n_events % CHECKED_EVERY == 0:
+            self.fleet.check()
 
     def _fair(self, fold: act.Aggregate) -> None:
         """No agent weighs more than it was planned for, none counts twice."""
@@ -221,6 +227,22 @@ def _hostile_offer(script: Script, cloud: Cloud, agent: str, plan: Plan) -> None
         cloud.hand_over(agent, offer)
 
 
+def _steers(script: Script, cloud: Cloud) -> None:
+    """An operator pauses a job, lets it go on or takes it back, perhaps to what is no version, or as a number that is taken."""
+    name = script.pick(["x", "y", "z"])
+    job = cloud.fleet.state.jobs.get(name)
+    match script.below(4):
+        case 0 | 1:
+            cloud.feed(ev.JobPaused(job=name, by="o", reason=script.pick(["", "x"]), now=bool(script.below(2))))
+        case 2:
+            cloud.feed(ev.JobResumed(job=name, by="o"))
+        case _:
+            version = (job.version if job else 0) + script.pick([1, 1, 1, 0, 2])
+            of = script.below(max(1, version))
+            model, master = Blob(sha256=f"{of:064x}", size=9), f"{of:064x}"
+            cloud.feed(ev.JobRolledBack(job=name, of=of, version=version, round=of, model=model, master=master, by="o"))
+
+
 def _ends(script: Script, cloud: Cloud) -> None:
     """A transfer that was ever wished for ends, perhaps again, perhaps with forged scores."""
     if not cloud.fetches:
@@ -263,7 +285,7 @@ def round_(data: bytes) -> None:
             case 14:
                 _ends(script, cloud)
             case 15:
-                match script.below(8):
+                match script.below(12):
                     case 0:
                         cloud.feed(ev.JobSubmitted(spec=_spec("y", script.below(32))))
                     case 1:
@@ -272,15 +294,21 @@ def round_(data: bytes) -> None:
                         snapshot = encode_state(cloud.fleet.state)
                         cloud.fleet = Fleet(decode_state(snapshot))
                         assert encode_state(cloud.fleet.state) == snapshot
+                    case 3 | 4 | 5 | 6 | 7:
+                        _steers(script, cloud)
                     case _:
                         cloud.fleet.resume(cloud.now)
             case _:
                 cloud.work()
+    cloud.fleet.check()
     _time_alone(cloud)
+    cloud.fleet.check()
 
 
 def _time_alone(cloud: Cloud) -> None:
-    """With slow work answered and no word from anybody, every job ends."""
+    """With slow work answered and no word from anybody, every job ends; a paused one once it may go on."""
+    for job in cloud.fleet.state.jobs:
+        cloud.feed(ev.JobResumed(job=job, by="o"))
     for _ in range(MAX_TICKS):
         cloud.work()
         if (at := cloud.fleet.wake_at) is not None:

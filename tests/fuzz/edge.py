@@ -7,6 +7,7 @@ from typing import Any
 from agent.core import actions as act
 from agent.core import events as ev
 from agent.core.session import Session
+from agent.core.work import SUSPENDED
 from protocol.messages import (
     Base,
     Blob,
@@ -33,6 +34,7 @@ MODELS = [
     Blob(sha256="9" * 64, size=2**40, levels=[]),
 ]
 NEWS: list[ev.Happened] = [ev.RebirthAsked(), ev.BusUp(), ev.BusDown(reason="cut"), ev.NothingPlanned()]
+TICK = ev.Tick()
 XFERS = [f"{n:032x}" for n in range(8)]
 SPOKEN: list[Any] = [
     ev.ChildBegan(phase="loading"),
@@ -52,7 +54,7 @@ class Server:
         self.session = Session(["qlora"], [], max_global_rank=8)
         self.now, self.tag, self.serial = T0, 0, 0
         self.busy: Plan | None = None
-        self.told = False
+        self.told = self.suspends = False
         self.owed: dict[str, Offer] = {}
         self.wanted = [""]
 
@@ -62,8 +64,9 @@ class Server:
             match wish:
                 case act.StartChild(plan=plan):
                     assert self.busy is None, "two runs of one child"
-                    self.busy, self.told = plan, False
-                case act.StopChild():
+                    self.busy, self.told, self.suspends = plan, False, False
+                case act.StopChild(suspend=suspend):
+                    self.suspends = suspend
                     assert self.busy, "nothing runs"
                     assert not self.told, "told twice"
                     self.told = True
@@ -86,8 +89,8 @@ class Server:
         self.session.check()
         assert set(self.session.outbox) == set(self.owed)
 
-    def ended(self, n_samples: int) -> None:
-        """The child is through, with an update or without."""
+    def ended(self, n_samples: int, *, keeps: bool) -> None:
+        """The child is through, with an update or without; told to suspend it may have kept what it trained."""
         plan, self.busy = self.busy, None
         assert plan is not None
         update = None
@@ -95,7 +98,13 @@ class Server:
             self.tag += 1
             blob = Blob(sha256=f"{self.tag:032x}" + "0" * 32, size=9)
             update = Offer(
-                job=plan.job, round=plan.round, attempt=plan.attempt, kind="lora", blob=blob, samples=n_samples
+                job=plan.job,
+                round=plan.round,
+                attempt=plan.attempt,
+                kind="lora",
+                blob=blob,
+                samples=n_samples,
+                stopped=SUSPENDED if keeps and self.suspends else "",
             )
         self.feed(ev.ChildFinished(samples=n_samples, loss=1.0, train_s=1.0, stopped="", update=update))
 
@@ -126,7 +135,8 @@ def session(data: bytes) -> None:
                 server.feed(ev.PlanCame(plan=_plan(script)))
             case 3:
                 plan = _plan(script)
-                server.feed(ev.CancelCame(job=plan.job, round=plan.round, attempt=plan.attempt, reason="x" * 2000))
+                key: dict[str, Any] = {"job": plan.job, "round": plan.round, "attempt": plan.attempt}
+                server.feed(ev.CancelCame(**key, reason="x" * 2000, keep=script.below(2) == 1))
             case 4:
                 server.feed(ev.UpdateAccepted(xfer=script.pick([*XFERS, *server.owed])))
             case 5:
@@ -143,7 +153,7 @@ def session(data: bytes) -> None:
             case 10 if server.busy:
                 server.feed(script.pick(SPOKEN))
             case 11 if server.busy:
-                server.ended(script.below(3))
+                server.ended(script.below(3), keeps=script.below(2) == 1)
             case 12 if server.busy:
                 server.busy = None
                 server.feed(ev.ChildFailed(reason="died"))
@@ -151,17 +161,19 @@ def session(data: bytes) -> None:
                 server.feed(ev.HostSpoke(level=script.pick(["run", "shrink", "pause", "stop"]), reason="services"))
             case 14:
                 server.now += script.pick([0.0, 1.0, 45.0, 1e6])
-                server.feed(ev.Tick())
+                server.feed(TICK)
             case 15 if script.below(8) == 7:
                 server.feed(ev.StopAsked(reason="stopping"))
             case _:
-                server.feed(ev.Tick())
+                server.feed(TICK)
     for _ in range(16):
         if server.busy and server.told:
             server.busy = None
             server.feed(ev.ChildFailed(reason="killed"))
         elif (at := server.session.wake_at) is not None:
             server.now = max(server.now, at)
-            server.feed(ev.Tick())
+            server.feed(TICK)
+        else:
+            break
     assert server.session.work is None, "time alone ends every work"
     assert server.busy is None

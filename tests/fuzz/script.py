@@ -15,16 +15,20 @@ class Script:
     """Reads choices off `data`, one or a few bytes each."""
 
     def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
+        self._data, self._n_bytes, self._at = data, len(data), 0
 
     @property
     def more(self) -> bool:
         """Whether there is anything left."""
-        return self._at < len(self._data)
+        return self._at < self._n_bytes
 
     def below(self, n: int) -> int:
         """A number of 0..n-1, from as many bytes as n needs."""
-        return int.from_bytes(self.take(max(1, ((n - 1).bit_length() + 7) // 8))) % n
+        if n > 256:
+            return int.from_bytes(self.take(((n - 1).bit_length() + 7) // 8)) % n
+        at = self._at
+        self._at = at + 1
+        return self._data[at] % n if at < self._n_bytes else 0
 
     def pick(self, items: Sequence[T]) -> T:
         """One of them."""
@@ -36,6 +40,10 @@ class Script:
         self._at += n
         return piece.ljust(n, b"\0")
 
+    def some(self, n: int) -> bytes:
+        """The next bytes, at most n."""
+        return self.take(max(0, min(n, self._n_bytes - self._at)))
+
     def rest(self) -> bytes:
         """All that is left."""
-        return self.take(max(0, len(self._data) - self._at))
+        return self.some(self._n_bytes)

@@ -24,3 +24,6 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     "session": edge.session,
     "round": cloud.round_,
 }
+
+UNGUIDED: Final = {"forged"}
+"""What these run is C, which says nothing of its edges: by mutation alone the fuzzer would stay with its first inputs."""

@@ -25,7 +25,7 @@ def codec_bytes(data: bytes) -> None:
 
 def codec_forged(data: bytes) -> None:
     """Any body with some field that is wrong."""
-    codec_bytes(forged.message(Script(data)))
+    codec_bytes(forged.message(data))
 
 
 def _says_the_same(envelope: Envelope) -> None:

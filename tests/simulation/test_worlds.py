@@ -49,6 +49,9 @@ def test_worlds_full_of_faults_break_no_law() -> None:
         "agent crash before it heard of its update",
         "transfer broken off",
         "clock step",
+        "job paused",
+        "job paused at once",
+        "job rolled back",
     }
 
 
@@ -118,6 +121,18 @@ class Generous(Fleet):
         return [wish for wish in wishes if not (stored and isinstance(wish, act.Acknowledge))]
 
 
+class Unrepentant(Fleet):
+    """Says that a job went back, and goes on from where it was."""
+
+    def handle(self, event: ev.Happened, now: float) -> list[act.Wish]:
+        masters = {name: job.master for name, job in self.state.jobs.items()}
+        wishes = super().handle(event, now)
+        for wish in wishes:
+            if isinstance(wish, act.Restore):
+                self.state.jobs[wish.job].master = masters[wish.job]
+        return wishes
+
+
 BROKEN: dict[Callable[..., Fleet], str] = {
     Forgetful: "was acknowledged and is in no version",
     Sleepy: "wakes never",
@@ -149,6 +164,12 @@ def test_a_core_that_breaks_a_law_is_found_out_and_its_line_finds_it_again(
     totals = Totals()
     totals.add(found)
     assert simulating.lines(totals, tmp_path)[-1] == found.command
+
+
+def test_a_job_that_goes_back_by_name_only_is_found_out() -> None:
+    found = (play(draw(seed, 5, 4, Level.MANY), Unrepentant) for seed in range(1, 100))
+    broken = next(world for world in found if isinstance(world, Broken))
+    assert "is not the fold" in broken.fault
 
 
 def test_a_range_that_is_none_is_refused_with_one_that_is() -> None:
