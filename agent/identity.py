@@ -2,7 +2,7 @@
 
     identity/agent.pem      private key and certificate; the broker takes its common name for the agent's id
     identity/next.key       the key of a renewal under way; a restart goes on with it
-    identity/ca.pem         the fleet's authority
+    identity/ca.pem         the fleet's authority, and the one before it while both are trusted
     identity/trust.json     who we are, where the coordinator is, which keys its messages are signed with
     identity/heard.json     how far its orders had come, so that an old one is not taken again
 
@@ -17,6 +17,7 @@ import http.client
 import json
 import logging
 import ssl
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
@@ -96,7 +97,7 @@ class Identity:
         csr = keys.request(following, self.agent)
         asked = Renew(certificate=keys.pem(self.certificate), csr=csr, signature=keys.sign_renewal(present, csr).hex())
         answer = self._post(enrolment.RENEW, asked)
-        self._take(answer.certificate, following)
+        self._take(answer, following)
         place.unlink()
         self._follow(answer.signing_keys)
 
@@ -115,12 +116,12 @@ class Identity:
         self.verifier.pin(found)
         return True
 
-    def _take(self, pem: str, key: keys.Key) -> None:
-        """Put a certificate into force, if it is what we asked for."""
-        made = keys.load_certificate(pem.encode(), "the coordinator's answer")
-        authority = keys.load_certificate(keys.read(self.folder / AUTHORITY_FILE), str(self.folder / AUTHORITY_FILE))
-        check_issued(made, authority, key, self.agent)
-        keys.write_private(self.folder / PEM_FILE, keys.key_pem(key) + pem.encode())
+    def _take(self, answer: Enrolled, key: keys.Key) -> None:
+        """Put a certificate into force, if it is what we asked for, and trust the authorities that follow from the present."""
+        made, place = keys.load_certificate(answer.certificate.encode(), "the answer"), self.folder / AUTHORITY_FILE
+        authorities = check_issued(made, answer, keys.load_certificates(keys.read(place), str(place)), key, self.agent)
+        keys.write_public(place, authorities)  # first: they verify the old certificate's peers as well
+        keys.write_private(self.folder / PEM_FILE, keys.key_pem(key) + answer.certificate.encode())
         self.certificate = made
 
     def _post(self, path: str, asked: object) -> Enrolled:
@@ -164,14 +165,19 @@ def _same(one: keys.Key, other: keys.Key) -> bool:
     return keys.public_digest(one.public_key()) == keys.public_digest(other.public_key())
 
 
-def check_issued(made: x509.Certificate, authority: x509.Certificate, key: keys.Key, agent: str) -> None:
-    """A certificate is for our key and name, and by our authority.  Raises Refused: whoever answered is not our coordinator."""
-    try:
-        made.verify_directly_issued_by(authority)
-    except Exception:  # noqa: BLE001 - whatever is wrong with it, it is not what we asked for
-        raise Refused("the answer holds a certificate of another authority than the fleet's") from None
+def check_issued(
+    made: x509.Certificate, answer: Enrolled, pinned: Sequence[x509.Certificate], key: keys.Key, agent: str
+) -> bytes:
+    """The authorities to trust from now on, as PEM, if the certificate is for our key and name, and by one of them.
+
+    Raises Refused: whoever answered is not our coordinator.
+    """
+    authorities = keys.follow_authorities(pinned, keys.load_certificates(answer.authority.encode(), "the answer"))
+    if not keys.is_issued(made, authorities):
+        raise Refused("the answer holds a certificate of another authority than the fleet's")
     if keys.certificate_digest(made) != keys.public_digest(key.public_key()) or keys.common_name(made) != agent:
         raise Refused("the answer holds a certificate for another key or name than ours")
+    return "".join(map(keys.pem, authorities)).encode()
 
 
 def exchange(url: str, method: str, path: str, asked: object | None, context: ssl.SSLContext) -> bytes:

@@ -16,6 +16,7 @@ kept elsewhere: in audit.head beside it, in the daemon's log, in /v1/health.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import hashlib
 import logging
 import os
@@ -23,13 +24,13 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import BinaryIO, Final, NamedTuple
 
 import msgspec
 
 from protocol.blobs import disk
 from protocol.errors import BadConfig, OutsideFault, Unavailable
-from protocol.files import replacing
+from protocol.files import give_to_folder, replacing
 
 LOCAL: Final = "local"
 NOTHING: Final = "0" * 64
@@ -155,29 +156,43 @@ def head_file(path: Path) -> Path:
 
 
 class Audit:
-    """One coordinator's log.  Any thread may write.  Raises Unavailable when the disk refuses."""
+    """One coordinator's log.  Any thread, and any process, may write.  Raises Unavailable when the disk refuses."""
 
     def __init__(self, path: Path, clock: Callable[[], float]) -> None:
         self._path, self._clock, self._lock = path, clock, threading.Lock()
-        self.head = Head()
-        with disk(path.parent):
-            self._open()
-
-    def _open(self) -> None:
-        """Find the end; what a crash left of a line is cut off, and said, as is an end that comes too early."""
+        self.head, self._end_bytes = Head(), -1
         known = Head()
         with suppress(OSError, BadConfig):
-            known = parse_head(head_file(self._path).read_text(encoding="ascii"))
-        if not self._path.exists():
-            self._path.touch(mode=0o600)
-        data_end = self._path.stat().st_size
-        with self._path.open("r+b") as file:
-            file.seek(max(0, data_end - 2 * MAX_LINE_BYTES))
-            tail = file.read()
-            whole, torn = tail[: tail.rfind(b"\n") + 1], tail[tail.rfind(b"\n") + 1 :]
-            if torn:
-                file.truncate(data_end - len(torn))
-                os.fsync(file.fileno())
+            known = parse_head(head_file(path).read_text(encoding="ascii"))
+        with self._alone() as file:
+            faults = self._catch_up(file, known)
+            if known.n > self.head.n:
+                faults.append(f"the log had {known.n} lines once ({known.digest[:16]}...)")
+        self._repaired(faults)
+
+    @contextmanager
+    def _alone(self) -> Iterator[BinaryIO]:
+        """The file, while nobody else writes to it: a command may run beside the daemon."""
+        with self._lock, disk(self._path.parent):
+            descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+            with open(descriptor, "r+b", buffering=0) as file:  # noqa: PTH123 - a descriptor, not a path
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if not os.fstat(descriptor).st_size:
+                    give_to_folder(self._path)
+                yield file
+
+    def _catch_up(self, file: BinaryIO, known: Head) -> list[str]:
+        """Take what stands last for the head, where another has written since; what a crash left of a line is cut off."""
+        end, faults = file.seek(0, os.SEEK_END), []
+        if end <= self._end_bytes:
+            return []
+        file.seek(max(0, end - 2 * MAX_LINE_BYTES))
+        tail = file.read()
+        whole, torn = tail[: tail.rfind(b"\n") + 1], tail[tail.rfind(b"\n") + 1 :]
+        if torn:
+            file.truncate(end - len(torn))
+            os.fsync(file.fileno())
+            faults.append(f"{len(torn)} bytes of a line that a crash broke off were cut")
         last = whole[:-1].rpartition(b"\n")[2]
         if last:
             try:
@@ -185,20 +200,20 @@ class Audit:
                 self.head = Head(entry.n, digest)
             except ValueError as error:
                 self.head = Head(max(known.n, 1), hashlib.sha256(last).hexdigest())
-                self._repaired(f"the last line {error}")
-        if torn:
-            self._repaired(f"{len(torn)} bytes of a line that a crash broke off were cut")
-        if known.n > self.head.n:
-            self._repaired(f"the log had {known.n} lines once ({known.digest[:16]}...)")
+                faults.append(f"the last line {error}")
+        self._end_bytes = end - len(torn)
+        return faults
 
-    def _repaired(self, what: str) -> None:
-        logger.error("the audit log was not as it was left: %s", what, extra={"action": "audit_repaired"})
-        with suppress(Unavailable):  # it is in the daemon's log
-            self.append(LOCAL, "repair", what, outcome="done")
+    def _repaired(self, faults: Iterable[str]) -> None:
+        for what in faults:
+            logger.error("the audit log was not as it was left: %s", what, extra={"action": "audit_repaired"})
+            with suppress(Unavailable):  # it is in the daemon's log
+                self.append(LOCAL, "repair", what, outcome="done")
 
     def append(self, actor: str, action: str, what: str, *, address: str = "", of: int = 0, outcome: str = "") -> int:
         """Write a line, durable when this returns its number.  Blocks for some fsyncs."""
-        with self._lock:
+        with self._alone() as file:
+            faults = self._catch_up(file, self.head)
             entry = Entry(
                 n=self.head.n + 1,
                 at=round(self._clock(), 3),
@@ -211,29 +226,27 @@ class Audit:
                 before=self.head.digest,
             )
             line, digest = seal(entry)
-            with disk(self._path.parent):
-                self._write(line + b"\n")
+            self._write(file, line + b"\n")
             self.head = Head(entry.n, digest)
-            with suppress(OSError), replacing(head_file(self._path)) as file:  # verify then knows one line less
-                file.write(str(self.head).encode())
+            with suppress(OSError), replacing(head_file(self._path)) as beside:  # verify then knows one line less
+                give_to_folder(Path(beside.name))
+                beside.write(str(self.head).encode())
         extra = {"action": "audit", "n": entry.n, "actor": actor, "did": action, "what": entry.what, "digest": digest}
         logger.info("%s", entry.outcome or "asked", extra=extra)
+        self._repaired(faults)
         return entry.n
 
-    def _write(self, line: bytes) -> None:
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    def _write(self, file: BinaryIO, line: bytes) -> None:
+        end = file.seek(0, os.SEEK_END)
         try:
-            end = os.fstat(descriptor).st_size
-            try:
-                if os.write(descriptor, line) != len(line):
-                    raise OSError("no room for a whole line")
-                os.fsync(descriptor)
-            except OSError:
-                with suppress(OSError):  # the next line must begin where this one did
-                    os.ftruncate(descriptor, end)
-                raise
-        finally:
-            os.close(descriptor)
+            if file.write(line) != len(line):
+                raise OSError("no room for a whole line")
+            os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):  # the next line must begin where this one did
+                file.truncate(end)
+            raise
+        self._end_bytes = end + len(line)
 
     @contextmanager
     def act(self, actor: str, action: str, what: str, address: str = "") -> Iterator[Act]:

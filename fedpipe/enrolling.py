@@ -98,13 +98,13 @@ def authority_of(url: str, token: Token) -> bytes:
         ssl.CERT_NONE,
     )  # what comes is compared with the fingerprint
     data = exchange(url, "GET", enrolment.AUTHORITY, None, unverified)
-    certificate = keys.load_certificate(data, f"the answer of {url}")
-    if keys.certificate_digest(certificate) != token.fingerprint:
-        raise Refused(
-            f"{url} is not the coordinator that made this token, or somebody is in between: nothing was sent to it; "
-            "check the address, and ask for the token again over a way that you trust"
-        )
-    return keys.pem(certificate).encode()
+    for certificate in keys.load_certificates(data, f"the answer of {url}"):
+        if keys.certificate_digest(certificate) == token.fingerprint:
+            return keys.pem(certificate).encode()
+    raise Refused(
+        f"{url} is not the coordinator that made this token, or somebody is in between: nothing was sent to it; "
+        "check the address, and ask for the token again over a way that you trust"
+    )
 
 
 def _accepted(
@@ -144,8 +144,9 @@ def _key(place: Path) -> keys.Key:
 
 def _keep(url: str, found: Enrolled, key: keys.Key, place: Place) -> None:
     """Write the identity; trust.json comes last, and an identity is there once it is."""
-    authority = keys.load_certificate(keys.read(place.identity / AUTHORITY_FILE), AUTHORITY_FILE)
-    check_issued(keys.load_certificate(found.certificate.encode(), "the answer"), authority, key, found.agent)
+    made, pinned = keys.load_certificate(found.certificate.encode(), "the answer"), place.identity / AUTHORITY_FILE
+    named = keys.load_certificates(keys.read(pinned), str(pinned))
+    authorities = check_issued(made, found, named, key, found.agent)
     chain = [(link.public, link.endorsement) for link in found.signing_keys]
     if not chain:
         raise BadConfig(f"{url} handed out no signing keys: install the same version on both sides")
@@ -154,6 +155,7 @@ def _keep(url: str, found: Enrolled, key: keys.Key, place: Place) -> None:
     )
     for old in ("heard.json", "next.key"):
         (place.identity / old).unlink(missing_ok=True)
+    keys.write_public(pinned, authorities)
     keys.write_private(place.identity / PEM_FILE, keys.key_pem(key) + found.certificate.encode())
     keys.write_public(place.identity / TRUST_FILE, msgspec.json.encode(trust))
 
@@ -207,7 +209,8 @@ def tls_files(identity: Path, broker_url: str) -> dict[str, str]:
 
 HEAD: Final = """\
 # Written by `fedpipe enrol`.  Every other key with its default: docs/examples/agent.toml
-# Check it:  fedpipe-agent check-config"""
+# Check it:  fedpipe-agent check-config
+# metrics = "127.0.0.1:9464"     # Prometheus may ask here"""
 TAIL: Final = """\
 # What may be trained on here; a job names it.
 # [data.default]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 AgentId = Annotated[str, typer.Argument(metavar="ID", help="The agent's id.")]
+Reason = Annotated[str, typer.Option(help="Why; `fedpipe enrolments` shows it, and who is rejected reads it.")]
+DECISIONS: Final = {
+    "accept": "Let a server in that has asked.",
+    "reject": "Send a server away that has asked.",
+    "revoke": "Take an agent's certificates back: it is out at once, and its share of a round ends.",
+}
 _UNITS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 
 
@@ -48,7 +55,9 @@ def token(
     with coordinator_at(url, token_file) as coordinator:
         made = coordinator.make_token(agent, uses, seconds(ttl), auto_accept=auto_accept)
     name = f" --agent {agent}" if agent else " --agent ID"
-    print_answer(made, f"{made.token}\nOn the server: fedpipe enrol {made.url} --token TOKEN{name}", as_json=as_json)
+    if not as_json:
+        _tell(f"On the server: fedpipe enrol {made.url} --token TOKEN{name}")
+    print_answer(made, made.token, as_json=as_json)
 
 
 @app.command()
@@ -97,40 +106,23 @@ def enrolments(url: Url = DEFAULT_URL, token_file: TokenFile = None, as_json: Js
     print_answer(found, _table(found) if found else nobody, as_json=as_json)
 
 
-@app.command()
-def accept(agent: AgentId, url: Url = DEFAULT_URL, token_file: TokenFile = None, as_json: Json = False) -> None:
-    """Let a server in that has asked."""
-    _decide(agent, "accept", "", url, token_file, as_json=as_json)
+def _decision(what: str) -> Callable[..., None]:
+    def decide(
+        agent: AgentId,
+        reason: Reason = "",
+        url: Url = DEFAULT_URL,
+        token_file: TokenFile = None,
+        as_json: Json = False,
+    ) -> None:
+        with coordinator_at(url, token_file) as coordinator:
+            found = coordinator.decide(agent, what, reason)
+        print_answer(found, f"{found.agent} is {found.state}", as_json=as_json)
+
+    return decide
 
 
-@app.command()
-def reject(
-    agent: AgentId,
-    reason: Annotated[str, typer.Option(help="Why; the server is told.")] = "",
-    url: Url = DEFAULT_URL,
-    token_file: TokenFile = None,
-    as_json: Json = False,
-) -> None:
-    """Send a server away that has asked."""
-    _decide(agent, "reject", reason, url, token_file, as_json=as_json)
-
-
-@app.command()
-def revoke(
-    agent: AgentId,
-    reason: Annotated[str, typer.Option(help="Why; it stands in the job's record.")] = "",
-    url: Url = DEFAULT_URL,
-    token_file: TokenFile = None,
-    as_json: Json = False,
-) -> None:
-    """Take an agent's certificates back: it is out at once, and its share of a round ends."""
-    _decide(agent, "revoke", reason, url, token_file, as_json=as_json)
-
-
-def _decide(agent: str, what: str, reason: str, url: str, token_file: Path | None, *, as_json: bool) -> None:
-    with coordinator_at(url, token_file) as coordinator:
-        found = coordinator.decide(agent, what, reason)
-    print_answer(found, f"{found.agent} is {found.state}", as_json=as_json)
+for _what, _text in DECISIONS.items():
+    app.command(_what, help=_text)(_decision(_what))
 
 
 @app.command("mosquitto-config")
@@ -145,21 +137,23 @@ def mosquitto_config(
     """Write mosquitto's configuration: TLS with client certificates, access by agent, revocations, limits."""
     from coordinator.config import CoordinatorConfig
     from coordinator.trust import mosquitto
+    from coordinator.trust.command import audited
     from coordinator.trust.service import open_office
     from protocol.daemon import load_toml
 
-    office = open_office(load_toml(config, CoordinatorConfig))
+    loaded = load_toml(config, CoordinatorConfig)
+    office = open_office(loaded)
     try:
-        mosquitto.write(out, office, host, port, time.time())
+        with audited(loaded, "mosquitto-config", ", ".join(host)):
+            mosquitto.write(out, office, host, port, time.time())
     finally:
         office.registry.close()
     folder = out.resolve()
     print(
         f"Written to {folder}.  Next:\n"
-        f"  1. include it: ln -s {folder}/mosquitto.conf /etc/mosquitto/conf.d/fedpipe.conf && systemctl restart mosquitto\n"
+        f"  1. copy it: install -m 644 {folder}/mosquitto.conf /etc/mosquitto/conf.d/fedpipe.conf && systemctl restart mosquitto\n"
         f'  2. in {config}: broker.url = "mqtts://{host[0]}:{port}", and under [trust] broker_dir = "{folder}"\n'
-        "  3. after a revocation mosquitto reads the files anew at SIGHUP: systemctl reload mosquitto; "
-        "deploy/mosquitto has units that do it"
+        "  3. after a revocation mosquitto reads the files anew at SIGHUP: systemctl enable --now fedpipe-mosquitto-reload.path"
     )
 
 

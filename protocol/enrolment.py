@@ -1,6 +1,6 @@
 r"""How a server becomes an agent: what is said over HTTPS between `fedpipe enrol` (or an agent's renewal) and the coordinator.
 
-    GET  /v1/authority                                        the authority's certificate, PEM
+    GET  /v1/authority                                        the authority's certificate, PEM; before it is retired, its predecessor's too
     POST /v1/enrol   Enrol{token, agent, csr}              -> Enrolled{state: accepted, certificate, ...} or {state: pending}
     POST /v1/renew   Renew{certificate, csr, signature}    -> Enrolled{state: accepted, certificate, ...}
     GET  /v1/keys                                             the chain of keys that sign messages

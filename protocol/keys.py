@@ -8,6 +8,7 @@ not there, and owned by whoever owns its folder, so that root may prepare what a
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import NameOID
 
 from protocol.errors import BadConfig
-from protocol.files import replacing
+from protocol.files import give_to_folder, replacing
 
 MAX_PEM_BYTES: Final = 16 * 1024
 """A request or a certificate above this is refused before it is parsed."""
@@ -78,6 +79,46 @@ def load_certificate(data: bytes, where: str) -> x509.Certificate:
         raise BadConfig(f"{where} holds no certificate that can be read: {error}") from None
 
 
+def load_certificates(data: bytes, where: str) -> list[x509.Certificate]:
+    """Every certificate in `data`, at least one.  Raises BadConfig that names `where`."""
+    try:
+        return x509.load_pem_x509_certificates(data)
+    except ValueError as error:
+        raise BadConfig(f"{where} holds no certificates that can be read: {error}") from None
+
+
+def follow_authorities(
+    pinned: Sequence[x509.Certificate], offered: Iterable[x509.Certificate]
+) -> list[x509.Certificate]:
+    """The authorities to trust from now on: those in `offered` that are pinned, or for which a pinned one vouches.
+
+    It vouches with a certificate that it issued for the other's key (RFC 4210, 4.4.1, "new with old"), so whoever hands them
+    over need not be trusted.  Empty when nothing follows.  Raises BadConfig for a key that fedpipe does not use.
+    """
+    found = list(offered)
+    known = {certificate_digest(one) for one in pinned}
+    known |= {certificate_digest(one) for one in found if _is_authority(one) and is_issued(one, pinned)}
+    return [one for one in found if is_issued(one, [one]) and certificate_digest(one) in known]
+
+
+def is_issued(certificate: x509.Certificate, authorities: Iterable[x509.Certificate]) -> bool:
+    """Whether one of these authorities signed it."""
+    for authority in authorities:
+        try:
+            certificate.verify_directly_issued_by(authority)
+        except Exception:  # noqa: BLE001, S112 - bytes of a stranger: whatever is wrong with it, it is not by this one
+            continue
+        return True
+    return False
+
+
+def _is_authority(certificate: x509.Certificate) -> bool:
+    try:
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except (x509.ExtensionNotFound, ValueError):
+        return False
+
+
 def pem(certificate: x509.Certificate) -> str:
     """As text."""
     return certificate.public_bytes(serialization.Encoding.PEM).decode()
@@ -126,9 +167,7 @@ def make_private_folder(folder: Path) -> None:
     if folder.exists():
         return
     folder.mkdir(mode=0o700, parents=True)
-    if os.geteuid() == 0:
-        owner = folder.parent.stat()
-        os.chown(folder, owner.st_uid, owner.st_gid)
+    give_to_folder(folder)
 
 
 def write_private(path: Path, data: bytes) -> None:
@@ -145,9 +184,7 @@ def _write(path: Path, data: bytes, mode: int) -> None:
     try:
         with replacing(path) as file:
             os.fchmod(file.fileno(), mode)
-            if os.geteuid() == 0:
-                owner = path.parent.stat()
-                os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
+            give_to_folder(Path(file.name))
             file.write(data)
     except OSError as error:
         raise BadConfig(f"{path} cannot be written: {error.strerror or error}; name a folder of yours") from None

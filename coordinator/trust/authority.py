@@ -7,6 +7,8 @@
 
 A certificate for one side of TLS is none for the other: an agent cannot pose as the broker.  Nothing is taken over from a
 request but its public key; the name is decided by whoever accepted it.  RFC 5280 throughout.
+
+An authority may have a predecessor that is trusted as well: coordinator/trust/rotation.py.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ from __future__ import annotations
 import datetime as dt
 import ipaddress
 import os
+import re
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -32,51 +36,65 @@ SERVER_S: Final = 825 * DAY_S
 """Of a broker's certificate, which people put into place by hand."""
 SKEW_S: Final = 3600.0
 """A certificate is valid from an hour ago on: clocks of servers differ."""
+_LIST: Final = re.compile(rb"-----BEGIN X509 CRL-----.*?-----END X509 CRL-----\n?", re.DOTALL)
+SOON_S: Final = 365 * DAY_S
+"""So long before its end an authority should be rotated: every agent must renew once before that."""
 KEY_FILE: Final = "ca.key"
+OLD_KEY_FILE: Final = "ca-old.key"
 CERTIFICATE_FILE: Final = "ca.pem"
 
 
-class Authority:
-    """Signs.  Knows nothing of who may have what."""
+class Pair(NamedTuple):
+    """A certificate and its key."""
 
-    def __init__(self, certificate: x509.Certificate, key: keys.Key) -> None:
-        self.certificate, self._key = certificate, key
-        self.pem = keys.pem(certificate)
-        self.fingerprint = keys.certificate_digest(certificate)
+    certificate: x509.Certificate
+    key: keys.Key
+
+
+class Authority:
+    """Signs.  Knows nothing of who may have what.
+
+    `pem` are the certificates that everybody must trust: its own, and its predecessor's while there is one; `link` is the
+    predecessor's word for it, empty without one.
+    """
+
+    def __init__(self, own: Pair, predecessor: Pair | None = None) -> None:
+        self.certificate, self._key = own
+        self.predecessor = predecessor.certificate if predecessor else None
+        self._trusted = [own, predecessor] if predecessor else [own]
+        self.fingerprint = keys.certificate_digest(self.certificate)
+        self.ends_at = self.certificate.not_valid_after_utc.timestamp()
+        self.pem = "".join(keys.pem(one.certificate) for one in self._trusted)
+        self.link = _link(predecessor, own) if predecessor else ""
 
     @classmethod
     def create(cls, folder: Path, fleet: str, now: float) -> Authority:
         """Make a new authority in `folder`, which it makes too.  Raises BadConfig when one is there or the folder cannot be written."""
         if (folder / CERTIFICATE_FILE).exists():
             raise BadConfig(
-                f"{folder} holds an authority already: every agent depends on it; move it away to begin anew"
+                f"{folder} holds an authority already: every agent depends on it; `ca rotate` makes the next, "
+                "or move it away to begin anew"
             )
         try:
             keys.make_private_folder(folder)
         except OSError as error:
             raise BadConfig(f"{folder} cannot be made: {error.strerror}") from None
-        key, name = keys.new_key(), _name(f"fedpipe {fleet}")
-        identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
-        certificate = (
-            _builder(name, name, key.public_key(), now, AUTHORITY_S)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_usage(signs_certificates=True), critical=True)
-            .add_extension(identifier, critical=False)
-            .sign(key, hashes.SHA256())
-        )
-        keys.write_private(folder / KEY_FILE, keys.key_pem(key))
-        keys.write_public(folder / CERTIFICATE_FILE, keys.pem(certificate).encode())
-        return cls(certificate, key)
+        made = new_pair(_name(f"fedpipe {fleet}"), now)
+        keys.write_private(folder / KEY_FILE, keys.key_pem(made.key))
+        keys.write_public(folder / CERTIFICATE_FILE, keys.pem(made.certificate).encode())
+        return cls(made)
 
     @classmethod
     def load(cls, folder: Path) -> Authority:
         """The authority in `folder`; its key may also be systemd's credential `ca.key`.  Raises BadConfig."""
-        certificate = keys.load_certificate(keys.read(folder / CERTIFICATE_FILE), str(folder / CERTIFICATE_FILE))
-        place = private(folder, KEY_FILE)
-        authority = cls(certificate, keys.load_key(keys.read(place), str(place)))
-        if keys.public_digest(authority._key.public_key()) != authority.fingerprint:
-            raise BadConfig(f"{place} is not the key of {folder / CERTIFICATE_FILE}: restore both from one copy")
-        return authority
+        file, place, old = folder / CERTIFICATE_FILE, private(folder, KEY_FILE), folder / OLD_KEY_FILE
+        certificates = keys.load_certificates(keys.read(file), str(file))
+        own = pair_of(certificates, place)
+        if own is None:
+            raise BadConfig(f"{place} is not the key of {file}: restore both from one copy")
+        before = pair_of(certificates, old) if old.exists() else None
+        # the same as our own: a rotation was cut short
+        return cls(own, before if before and before.certificate != own.certificate else None)
 
     # ------------------------------------------------------------------------------------------------------- issuing
 
@@ -94,29 +112,34 @@ class Authority:
         return self._issue(key, str(alternatives[0].value), now, life_s, ExtendedKeyUsageOID.SERVER_AUTH, alternatives)
 
     def revocations(self, revoked: Mapping[int, float], now: float) -> bytes:
-        """The list of revoked serial numbers, each with its instant, as PEM (RFC 5280, 5).
+        """The list of revoked serial numbers, each with its instant, as PEM (RFC 5280, 5); one by each who is trusted.
 
         It never expires before the authority: a broker refuses everybody under a list that is out of date.
         """
-        builder = (
-            x509.CertificateRevocationListBuilder()
-            .issuer_name(self.certificate.subject)
-            .last_update(_date(now - SKEW_S))
-            .next_update(self.certificate.not_valid_after_utc)
-            .add_extension(x509.CRLNumber(int(now * 1000)), critical=False)
+        return b"".join(_list(one, revoked, now) for one in self._trusted)
+
+    def has_listed(self, lists: bytes, serials: AbstractSet[int]) -> bool:
+        """Whether there is a list by each who is trusted, and all these numbers in it.  Raises ValueError for what is no list."""
+        found = [x509.load_pem_x509_crl(one) for one in _LIST.findall(lists)]
+        return all(
+            any(
+                one.is_signature_valid(by.key.public_key()) and {entry.serial_number for entry in one} >= serials
+                for one in found
+            )
+            for by in self._trusted
         )
-        for serial, at in sorted(revoked.items()):
-            entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(_date(at)).build()
-            builder = builder.add_revoked_certificate(entry)
-        return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
     def is_own(self, certificate: x509.Certificate) -> bool:
         """Whether this authority issued it."""
-        try:
-            certificate.verify_directly_issued_by(self.certificate)
-        except Exception:  # noqa: BLE001 - whatever is wrong with it, it is not ours
-            return False
-        return True
+        return keys.is_issued(certificate, [self.certificate])
+
+    def is_trusted(self, certificate: x509.Certificate) -> bool:
+        """Whether this authority or its predecessor issued it."""
+        return keys.is_issued(certificate, [one.certificate for one in self._trusted])
+
+    def shown(self, key: keys.Key, certificate: x509.Certificate) -> bytes:
+        """Key, certificate and link in one file, as whoever uses them shows them to the other side."""
+        return keys.key_pem(key) + (keys.pem(certificate) + self.link).encode()
 
     def _issue(
         self,
@@ -128,12 +151,12 @@ class Authority:
         alternatives: list[x509.GeneralName],
     ) -> x509.Certificate:
         builder = (
-            _builder(_name(name), self.certificate.subject, key, now, life_s)
+            _builder(_name(name), self.certificate.subject, key, now, min(life_s, self.ends_at - now))
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(signs_certificates=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
+            .add_extension(_identifier(self._key), critical=False)
         )
         if alternatives:
             builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
@@ -151,7 +174,9 @@ def requested_key(csr: str) -> ec.EllipticCurvePublicKey:
         raise BadConfig(f"a certificate request has at most {keys.MAX_PEM_BYTES} bytes")
     try:
         request = x509.load_pem_x509_csr(csr.encode())
-        key, is_proven = request.public_key(), request.is_signature_valid
+        key = request.public_key()
+        is_wanted = isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1)
+        is_proven = is_wanted and request.is_signature_valid  # other kinds can cost a lot to verify
     except Exception as error:  # noqa: BLE001 - bytes of a stranger: the parser has many words for "no"
         raise BadConfig(f"the certificate request cannot be read: {error}"[:300]) from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
@@ -165,6 +190,59 @@ def private(folder: Path, name: str) -> Path:
     """Where a private key lies: systemd's credential of that name if there is one, else the folder."""
     credential = Path(os.environ.get("CREDENTIALS_DIRECTORY", "/nonexistent")) / name
     return credential if credential.exists() else folder / name
+
+
+def new_pair(name: x509.Name, now: float) -> Pair:
+    """A key and its self-signed certificate."""
+    key = keys.new_key()
+    return Pair(_authority(name, key.public_key(), now, AUTHORITY_S).sign(key, hashes.SHA256()), key)
+
+
+def pair_of(certificates: Iterable[x509.Certificate], place: Path) -> Pair | None:
+    """The key in `place` with the certificate of those that is for it.  Raises BadConfig."""
+    key = keys.load_key(keys.read(place), str(place))
+    digest = keys.public_digest(key.public_key())
+    return next((Pair(one, key) for one in certificates if keys.certificate_digest(one) == digest), None)
+
+
+def _link(by: Pair, to: Pair) -> str:
+    begin, end = (
+        to.certificate.not_valid_before_utc.timestamp() + SKEW_S,
+        by.certificate.not_valid_after_utc.timestamp(),
+    )
+    if begin >= end:
+        return ""  # it is over, and so is its word
+    builder = _authority(by.certificate.subject, to.key.public_key(), begin, end - begin)
+    return keys.pem(builder.add_extension(_identifier(by.key), critical=False).sign(by.key, hashes.SHA256()))
+
+
+def _list(by: Pair, revoked: Mapping[int, float], now: float) -> bytes:
+    builder = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(by.certificate.subject)
+        .last_update(_date(now - DAY_S + min(len(revoked), DAY_S - SKEW_S)))  # a broker takes the latest: to the second
+        .next_update(by.certificate.not_valid_after_utc)
+        .add_extension(x509.CRLNumber(int(now * 1000)), critical=False)
+        .add_extension(_identifier(by.key), critical=False)
+    )
+    for serial, at in sorted(revoked.items()):
+        entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(_date(at)).build()
+        builder = builder.add_revoked_certificate(entry)
+    return builder.sign(by.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+def _identifier(key: keys.Key) -> x509.AuthorityKeyIdentifier:
+    return x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key())
+
+
+def _authority(name: x509.Name, key: ec.EllipticCurvePublicKey, now: float, life_s: float) -> x509.CertificateBuilder:
+    """For an authority's key, by itself or by its predecessor: both have one name, so a path may be as long with a link."""
+    return (
+        _builder(name, name, key, now, life_s)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(signs_certificates=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
 
 
 def _builder(

@@ -3,7 +3,7 @@
     public, HTTPS (protocol/enrolment.py):  GET /v1/authority  GET /v1/keys  POST /v1/enrol  POST /v1/renew
     operators, in the API:                  POST /v1/tokens    GET /v1/enrolments    POST /v1/enrolments/{agent}/{what}
 
-What a stranger can cost is bounded: 64 KiB of body, two requests a second and address in the long run, 512 connections.
+What a stranger can cost is bounded: 64 KiB of body, and what coordinator/trust/bounds.py allows an address.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import socket
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -23,8 +23,12 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from coordinator.access import is_loopback
+from coordinator.asked import struct
+from coordinator.audited import WHAT
 from coordinator.core.events import AgentRevoked
 from coordinator.https import Server
+from coordinator.trust.bounds import Rate, listening
 from coordinator.trust.office import Office, Refused
 from coordinator.trust.registry import Enrolment, Standing
 from protocol import enrolment
@@ -33,12 +37,7 @@ from protocol.errors import BadConfig, OutsideFault, Unavailable
 if TYPE_CHECKING:
     from coordinator.daemon import Coordinator
 
-RATE_PER_S: Final = 2.0
-BURST: Final = 120
-MAX_ADDRESSES: Final = 10_000
-MAX_AT_ONCE: Final = 512
-
-T = TypeVar("T")
+Handler = Callable[[Request], Awaitable[Response]]
 logger = logging.getLogger(__name__)
 
 
@@ -73,7 +72,7 @@ class EnrolmentView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reason(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Why somebody is rejected or revoked."""
+    """Why somebody is accepted, rejected or revoked."""
 
     reason: Annotated[str, Meta(max_length=500)] = ""
 
@@ -81,24 +80,6 @@ class Reason(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 def view(found: Enrolment) -> EnrolmentView:
     """What people see of an enrolment."""
     return EnrolmentView(**{name: getattr(found, name) for name in EnrolmentView.__struct_fields__})
-
-
-class Rate:
-    """Requests per address: a bucket of BURST that fills at RATE_PER_S."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._buckets: dict[str, tuple[float, float]] = {}
-
-    def take(self, address: str) -> float:
-        """0 when a request is fine now, else how many seconds to wait."""
-        now = self._clock()
-        left, at = self._buckets.pop(address, (float(BURST), now))
-        left = min(float(BURST), left + (now - at) * RATE_PER_S)
-        if len(self._buckets) >= MAX_ADDRESSES:
-            del self._buckets[next(iter(self._buckets))]  # who has been quiet longest
-        self._buckets[address] = (max(0.0, left - 1), now)
-        return 0.0 if left >= 1 else (1 - left) / RATE_PER_S
 
 
 # -------------------------------------------------------------------------------------------------------- for servers
@@ -121,22 +102,21 @@ def desk(
         return _answer(office.keyring.chain)
 
     async def enrol(request: Request) -> Response:
-        asked, address = await _asked(request, enrolment.Enrol), _address(request)
+        asked, address = await struct(request, enrolment.Enrol, enrolment.MAX_BODY_BYTES), _address(request)
         found = await asyncio.to_thread(office.enrol, asked, address, time.time())
         await decided()
         return _answer(found, 201 if found.state == "accepted" else 202)
 
     async def renew(request: Request) -> Response:
-        asked = await _asked(request, enrolment.Renew)
+        asked = await struct(request, enrolment.Renew, enrolment.MAX_BODY_BYTES)
         return _answer(await asyncio.to_thread(office.renew, asked, time.time()), 201)
 
-    def limited(handler: Callable[[Request], Any]) -> Callable[[Request], Any]:
+    def limited(handler: Handler) -> Handler:
         async def handled(request: Request) -> Response:
             if wait_s := rate.take(_address(request)):
                 headers = {"retry-after": str(int(wait_s) + 1)}
                 raise HTTPException(429, "too many requests from this address: wait a moment", headers)
-            found: Response = await handler(request)
-            return found
+            return await handler(request)
 
         return handled
 
@@ -177,18 +157,6 @@ def _address(request: Request) -> str:
     return request.client.host if request.client else ""
 
 
-async def _asked(request: Request, kind: type[T]) -> T:
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > enrolment.MAX_BODY_BYTES:
-            raise HTTPException(413, f"a request has at most {enrolment.MAX_BODY_BYTES} bytes")
-    try:
-        return msgspec.json.decode(body or b"{}", type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise HTTPException(400, f"not what is expected here: {error}"[:300]) from None
-
-
 async def serve_desk(coordinator: Coordinator) -> None:
     """The window for servers where the configuration wants it, if this coordinator has a trust.  Raises Unavailable."""
     trust, config = coordinator.trust, coordinator.config.trust
@@ -196,21 +164,31 @@ async def serve_desk(coordinator: Coordinator) -> None:
         return
     try:
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        listening = socket.create_server((config.host, config.port), family=family)
+        door = socket.create_server((config.host, config.port), family=family)
     except OSError as error:
         raise Unavailable(
             f"servers cannot enrol: {config.host} port {config.port} cannot be had ({error.strerror or error}): "
             "stop what uses it, or choose another trust.port"
         ) from None
-    server = Server(desk(trust.office, decided=trust.decided), trust.https_file, limit_concurrency=MAX_AT_ONCE)
+    server = Server(desk(trust.office, decided=trust.decided), trust.https_file, **listening())
     trust.servers.append(server)
-    logger.info(
-        "servers enrol at %s", trust.public_url, extra={"action": "desk_up", "port": listening.getsockname()[1]}
-    )
-    await server.work(listening)
+    logger.info("servers enrol at %s", trust.public_url, extra={"action": "desk_up", "port": door.getsockname()[1]})
+    await server.work(door)
 
 
 # ------------------------------------------------------------------------------------------------------- for operators
+
+
+def _in_private(handler: Handler) -> Handler:
+    """Answered over TLS or on this machine: whoever reads along could let in whom he likes."""
+
+    async def handled(request: Request) -> Response:
+        if request.url.scheme != "https" and not is_loopback(_address(request)):
+            text = "who is an agent is decided over TLS, or on this machine: leave web.tls at auto, or have the proxy say x-forwarded-proto"
+            raise HTTPException(403, text)
+        return await handler(request)
+
+    return handled
 
 
 class Counter:
@@ -222,11 +200,11 @@ class Counter:
     def routes(self) -> list[Route]:
         """Every path with its method."""
         return [
-            Route("/v1/tokens", self.token, methods=["POST"]),
-            Route("/v1/enrolments", self.enrolments),
-            Route("/v1/enrolments/{agent}/accept", self.accept, methods=["POST"]),
-            Route("/v1/enrolments/{agent}/reject", self.reject, methods=["POST"]),
-            Route("/v1/enrolments/{agent}/revoke", self.revoke, methods=["POST"]),
+            Route("/v1/tokens", _in_private(self.token), methods=["POST"]),
+            Route("/v1/enrolments", _in_private(self.enrolments)),
+            Route("/v1/enrolments/{agent}/accept", _in_private(self.accept), methods=["POST"]),
+            Route("/v1/enrolments/{agent}/reject", _in_private(self.reject), methods=["POST"]),
+            Route("/v1/enrolments/{agent}/revoke", _in_private(self.revoke), methods=["POST"]),
         ]
 
     @property
@@ -239,10 +217,11 @@ class Counter:
 
     async def token(self, request: Request) -> Response:
         """Make a join token."""
-        office, asked, now = self._office, await _asked(request, TokenAsked), time.time()
+        office, asked, now = self._office, await struct(request, TokenAsked), time.time()
         made = await asyncio.to_thread(
             lambda: office.make_token(asked.agent, asked.uses, asked.ttl_s, auto_accept=asked.auto_accept, now=now)
         )
+        request.scope[WHAT] = " ".join(filter(None, [made.id, asked.agent]))
         assert self._coordinator.trust is not None
         url = self._coordinator.trust.public_url
         return _answer(TokenMade(token=str(made), expires_at=now + asked.ttl_s, url=url), 201)
@@ -253,29 +232,22 @@ class Counter:
 
     async def accept(self, request: Request) -> Response:
         """Let a pending agent in."""
-        office, agent = self._office, str(request.path_params["agent"])
-        found = await asyncio.to_thread(office.accept, agent, time.time())
-        await self._decided()
-        return _answer(view(found))
+        return _answer(await self._decide(request, self._office.accept))
 
     async def reject(self, request: Request) -> Response:
         """Send a pending agent away."""
-        office, agent = self._office, str(request.path_params["agent"])
-        asked = await _asked(request, Reason)
-        found = await asyncio.to_thread(office.reject, agent, asked.reason, time.time())
-        await self._decided()
-        return _answer(view(found))
+        return _answer(await self._decide(request, self._office.reject))
 
     async def revoke(self, request: Request) -> Response:
         """Take an agent's certificates back; its share of a round ends at once."""
-        office, agent = self._office, str(request.path_params["agent"])
-        asked = await _asked(request, Reason)
-        found = await asyncio.to_thread(office.revoke, agent, asked.reason, time.time())
-        await self._decided()
-        if agent in self._coordinator.fleet.state.agents:
-            await self._coordinator.post(AgentRevoked(agent=agent, reason=found.reason))
-        return _answer(view(found))
+        found = await self._decide(request, self._office.revoke)
+        if found.agent in self._coordinator.fleet.state.agents:
+            await self._coordinator.post(AgentRevoked(agent=found.agent, reason=found.reason))
+        return _answer(found)
 
-    async def _decided(self) -> None:
+    async def _decide(self, request: Request, decide: Callable[[str, str, float], Enrolment]) -> EnrolmentView:
+        asked = await struct(request, Reason)
+        found = await asyncio.to_thread(decide, str(request.path_params["agent"]), asked.reason, time.time())
         assert self._coordinator.trust is not None
         await self._coordinator.trust.decided()
+        return view(found)

@@ -3,9 +3,9 @@
     mosquitto.conf   one TLS listener; the certificate's common name is the user name and the client id     written once
     acl              an agent writes below its own up/, reads below its own down/ and what the coordinator says to all
     crl.pem          revoked certificates: they cannot connect again
-    server.pem       the broker's key and certificate; ca.pem the authority's
+    server.pem       the broker's key and certificate; ca.pem the authorities'
 
-Measured with mosquitto 2.0.11: SIGHUP reads acl, crl.pem and server.pem anew.  A revoked certificate then cannot connect, but a
+Measured with mosquitto 2.0.11: SIGHUP reads acl, ca.pem, crl.pem and server.pem anew.  A revoked certificate then cannot connect, but a
 connection that is there stays and goes on; a `deny` in the acl silences it from that moment, both ways.  So a revocation writes both.
 `use_username_as_clientid` keeps an agent from throwing out another by taking its client id.
 """
@@ -72,7 +72,6 @@ def access(fleet: str, revoked: Iterable[str] = ()) -> str:
         f"topic read {root}/a/+/up/#",
         f"topic write {root}/a/+/down/#",
         f"topic write {root}/c/#",
-        "topic read $SYS/broker/#",
         "",
         "# agents: %u is the common name of the certificate",
         f"pattern write {root}/a/%u/up/#",
@@ -91,44 +90,42 @@ def write(folder: Path, office: Office, names: Sequence[str], port: int, now: fl
     except OSError as error:
         raise BadConfig(f"{folder} cannot be made: {error.strerror}; name a folder of yours") from None
     with contextlib.suppress(KeyError, PermissionError):  # it reads its files anew after it has given up root's rights
-        os.chown(folder, -1, grp.getgrnam(GROUP).gr_gid)
+        os.chown(folder, office.folder.stat().st_uid, grp.getgrnam(GROUP).gr_gid)
         folder.chmod(0o2755)
     folder = folder.resolve()
     _write_server(folder, office.authority, names, now)
     keys.write_public(folder / "mosquitto.conf", configuration(folder, port).encode())
-    keys.write_public(folder / "ca.pem", office.authority.pem.encode())
     refresh(folder, office, now)
 
 
 def refresh(folder: Path, office: Office, now: float) -> None:
-    """What changes with time: the acl, the list of revocations, the broker's certificate.  Raises BadConfig."""
+    """What changes with time: the acl, authorities, the list of revocations, the broker's certificate.  Raises BadConfig."""
     revoked = [e.agent for e in office.enrolments() if e.state is Standing.REVOKED]
-    text = access(office.fleet, revoked).encode()
-    if not (folder / "acl").exists() or keys.read(folder / "acl") != text:
-        keys.write_public(folder / "acl", text)
+    for name, text in (("acl", access(office.fleet, revoked)), ("ca.pem", office.authority.pem)):
+        if not (folder / name).exists() or keys.read(folder / name) != text.encode():
+            keys.write_public(folder / name, text.encode())
     if not _is_complete(folder / "crl.pem", office):
         keys.write_public(folder / "crl.pem", office.revocations(now))
     server = folder / SERVER_FILE
     certificate = keys.load_certificate(keys.read(server), str(server))
-    if now > certificate.not_valid_after_utc.timestamp() - SERVER_S / 3:
+    ends_soon = now > certificate.not_valid_after_utc.timestamp() - SERVER_S / 3
+    if ends_soon or not office.authority.is_own(certificate):
         found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         _write_server(folder, office.authority, [str(name.value) for name in found], now)
 
 
 def _is_complete(file: Path, office: Office) -> bool:
-    """Whether the list in `file` is of this authority and names every revoked certificate."""
+    """Whether the lists in `file` are of this authority and name every revoked certificate."""
     try:
-        found = x509.load_pem_x509_crl(file.read_bytes())
+        return office.authority.has_listed(file.read_bytes(), office.registry.revoked().keys())
     except (OSError, ValueError):
         return False
-    named = {entry.serial_number for entry in found}
-    return found.issuer == office.authority.certificate.subject and named >= office.registry.revoked().keys()
 
 
 def _write_server(folder: Path, authority: Authority, names: Iterable[str], now: float) -> None:
     key = keys.new_key()
     certificate = authority.server(key.public_key(), names, now)
     place = folder / SERVER_FILE
-    keys.write_private(place, keys.key_pem(key) + keys.pem(certificate).encode())
+    keys.write_private(place, authority.shown(key, certificate))
     if folder.stat().st_mode & stat.S_ISGID:
         place.chmod(0o640)

@@ -13,9 +13,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
+from coordinator.audit import Audit
 from coordinator.trust.authority import DAY_S, Authority, requested_key
 from coordinator.trust.keyring import Keyring
 from coordinator.trust.registry import Certificate, Enrolment, JoinToken, Registry, Standing, Use
@@ -27,6 +29,8 @@ from protocol.topics import ID_RULE, is_id
 REGISTRY_FILE: Final = "registry.sqlite"
 MAX_USES: Final = 100_000
 MAX_TTL_S: Final = 365 * DAY_S
+
+_STANDS: Final = frozenset({Standing.PENDING, Standing.ACCEPTED})
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +44,16 @@ class Refused(OutsideFault):
 
 
 class Office:
-    """One fleet's.  `life_s` is how long an agent's certificate lasts.  Blocks for a commit; any thread may call it."""
+    """One fleet's.  `life_s` is how long an agent's certificate lasts.  Blocks for a commit; any thread may call it.
 
-    def __init__(self, folder: Path, fleet: str, broker_url: str, life_s: float = 90 * DAY_S) -> None:
+    Operators' acts are written down by who lets them in; what a token does is written to `audit`, where there is one.
+    """
+
+    def __init__(
+        self, folder: Path, fleet: str, broker_url: str, life_s: float = 90 * DAY_S, audit: Audit | None = None
+    ) -> None:
         self.folder, self.fleet, self._broker_url, self._life_s = folder, fleet, broker_url, life_s
+        self._audit = audit
         self.authority, self.keyring = Authority.load(folder), Keyring.load(folder)
         self.registry = Registry(folder / REGISTRY_FILE)
 
@@ -74,12 +84,12 @@ class Office:
         """Agents that asked once and are not accepted now: nothing of theirs counts."""
         return frozenset(e.agent for e in self.registry.enrolments() if e.state is not Standing.ACCEPTED)
 
-    def accept(self, agent: str, now: float) -> Enrolment:
+    def accept(self, agent: str, reason: str, now: float) -> Enrolment:
         """Let a pending agent in; one that is in stays in."""
         with self.registry.change():
             known = self._known(agent)
             if known.state is not Standing.ACCEPTED:
-                self._decide(known, Standing.ACCEPTED, "", now)
+                self._decide(known, Standing.ACCEPTED, reason, now)
                 self._issue(agent, known.csr, now)
         return self._known(agent)
 
@@ -123,7 +133,7 @@ class Office:
     def enrol(self, asked: Enrol, address: str, now: float) -> Enrolled:
         """Judge a request.  Raises Refused, or BadConfig for a request that is malformed."""
         token, key = parse_token(asked.token), keys.public_digest(requested_key(asked.csr))
-        with self.registry.change():
+        with ExitStack() as written, self.registry.change():  # how it came out is written once it is committed
             known = self.registry.token(token.id)
             expected = known.secret_sha256 if known else "0" * 64
             if not hmac.compare_digest(expected, _secret_digest(token.secret)) or known is None:
@@ -134,6 +144,9 @@ class Office:
             if not is_id(agent):
                 raise BadConfig(f"name the agent with --agent: {ID_RULE}")
             if not self._has_used(known, key, agent, now):
+                self._check_free(known, agent, key)
+                if self._audit:
+                    written.enter_context(self._audit.act(f"token:{known.id}", "enrol", f"{agent} {key}", address))
                 self.registry.use(Use(known.id, key, agent, now))
                 self._ask(known, agent, key, asked.csr, address, now)
             return self._answer(agent, key)
@@ -154,17 +167,20 @@ class Office:
             raise Refused(f"this join token was used already, by {extra['used_by']}: make another with `fedpipe token`")
         return False
 
+    def _check_free(self, token: JoinToken, agent: str, key: str) -> None:
+        known = self.registry.enrolment(agent)
+        if known and known.state in _STANDS and known.key != key and not token.agent:
+            raise Refused(
+                f"there is an agent {agent} already, {known.state}: choose another --agent; "
+                f"if it is the same server, make a token for it: `fedpipe token --agent {agent}`",
+                409,
+            )
+
     def _ask(self, token: JoinToken, agent: str, key: str, csr: str, address: str, now: float) -> None:
         known = self.registry.enrolment(agent)
-        if known and known.state in {Standing.PENDING, Standing.ACCEPTED}:
+        if known and known.state in _STANDS:
             if known.key == key:
                 return
-            if not token.agent:
-                raise Refused(
-                    f"there is an agent {agent} already, {known.state}: choose another --agent; "
-                    f"if it is the same server, make a token for it: `fedpipe token --agent {agent}`",
-                    409,
-                )
             ended = Standing.REJECTED if known.state is Standing.PENDING else Standing.REVOKED
             self._end(agent, ended, "enrolled anew", now)
         self.registry.ask(agent, key, csr, address, now)
@@ -191,7 +207,7 @@ class Office:
         present = keys.load_certificate(asked.certificate.encode(), "the request")
         key = keys.public_digest(requested_key(asked.csr))
         known = self.registry.certificate(present.serial_number)
-        if known is None or not self.authority.is_own(present):
+        if known is None or not self.authority.is_trusted(present):
             raise Refused("the present certificate is not of this fleet: enrol again with a new token")
         if not keys.is_renewal(present, asked.csr, bytes.fromhex(asked.signature)):
             raise Refused("the request is not signed by the key of the present certificate")
@@ -209,9 +225,8 @@ class Office:
     def _issue(self, agent: str, csr: str, now: float) -> Certificate:
         key = requested_key(csr)
         made = self.authority.client(key, agent, now, self._life_s)
-        issued = Certificate(
-            made.serial_number, agent, keys.public_digest(key), keys.pem(made), now, now + self._life_s, 0.0
-        )
+        ends_at = made.not_valid_after_utc.timestamp()
+        issued = Certificate(made.serial_number, agent, keys.public_digest(key), keys.pem(made), now, ends_at, 0.0)
         self.registry.add_certificate(issued)
         logger.info(
             "certificate issued", extra={"action": "certificate", "agent": agent, "serial": f"{issued.serial:x}"}
@@ -224,8 +239,8 @@ class Office:
             state="accepted",
             fleet=self.fleet,
             broker_url=self._broker_url,
-            certificate=issued.pem,
-            authority=self.authority.pem,
+            certificate=issued.pem + self.authority.link,
+            authority=self.authority.pem + self.authority.link,
             signing_keys=self.keyring.chain,
         )
 

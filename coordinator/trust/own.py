@@ -1,6 +1,7 @@
 """The coordinator's own certificates: it is a client of the broker and a server of HTTPS, and issues both to itself.
 
-Each is one file with key and certificate, made anew at two thirds of its life; who uses it reads the file again.
+Each is one file with key and certificate, made anew at two thirds of its life or by a new authority; who uses it reads the
+file again.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def client_certificate(folder: Path, authority: Authority, fleet: str, now: floa
     if _lasts(place, authority, now) and keys.common_name(_read(place)) == name:
         return False
     key = keys.new_key()
-    _write(place, key, authority.client(key.public_key(), name, now, LIFE_S))
+    made = authority.client(key.public_key(), name, now, LIFE_S)
+    keys.write_private(place, authority.shown(key, made))
     return True
 
 
@@ -37,7 +39,8 @@ def https_certificate(folder: Path, authority: Authority, names: Sequence[str], 
     if _lasts(place, authority, now) and _names(_read(place)) == wanted:
         return False
     key = keys.new_key()
-    _write(place, key, authority.server(key.public_key(), wanted, now, LIFE_S))
+    made = authority.server(key.public_key(), wanted, now, LIFE_S)
+    keys.write_private(place, authority.shown(key, made))
     return True
 
 
@@ -56,7 +59,3 @@ def _read(place: Path) -> x509.Certificate:
 def _names(certificate: x509.Certificate) -> list[str]:
     found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return [str(name.value) for name in found]
-
-
-def _write(place: Path, key: keys.Key, certificate: x509.Certificate) -> None:
-    keys.write_private(place, keys.key_pem(key) + keys.pem(certificate).encode())

@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from protocol.errors import IllegalMove, Unavailable
+from protocol.files import give_to_folder
 
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS tokens (
@@ -112,6 +113,7 @@ class Registry:
         self._path, self._lock = path, threading.RLock()
         try:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+            give_to_folder(path)  # sqlite gives its other files to whom this one belongs
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
@@ -215,6 +217,15 @@ class Registry:
         )
         return _certificate(row) if row else None
 
+    def newest_certificates(self, now: float) -> list[Certificate]:
+        """The newest one of every accepted agent that has one that is valid, by name."""
+        rows = self._rows(
+            "SELECT c.*, MAX(c.issued_at) FROM certificates c JOIN enrolments e ON e.agent = c.agent "
+            "WHERE e.state = 'accepted' AND c.revoked_at = 0 AND c.expires_at > ? GROUP BY c.agent ORDER BY c.agent",
+            now,
+        )
+        return [_certificate(row[:-1]) for row in rows]
+
     def revoke_certificates(self, agent: str, now: float) -> None:
         """Revoke everything that was issued to an agent."""
         self._db.execute("UPDATE certificates SET revoked_at = ? WHERE agent = ? AND revoked_at = 0", (now, agent))
@@ -229,7 +240,7 @@ class Registry:
     def _row(self, query: str, *values: str) -> tuple[Any, ...] | None:
         return next(iter(self._rows(query, *values)), None)
 
-    def _rows(self, query: str, *values: str) -> list[tuple[Any, ...]]:
+    def _rows(self, query: str, *values: str | float) -> list[tuple[Any, ...]]:
         with self._lock:
             try:
                 return self._db.execute(query, values).fetchall()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from coordinator.audit import Audit
 from coordinator.config import CoordinatorConfig
 from coordinator.core.events import AgentRevoked
 from coordinator.trust import mosquitto, own, trust_folder
@@ -30,22 +31,23 @@ UPKEEP_S: Final = 6 * 3600.0
 logger = logging.getLogger(__name__)
 
 
-def open_office(config: CoordinatorConfig) -> Office:
+def open_office(config: CoordinatorConfig, audit: Audit | None = None) -> Office:
     """The office over the configured folder.  Raises BadConfig when there is no authority, or a damaged one."""
     broker_url = config.trust.broker_url or config.broker.url
-    return Office(trust_folder(config), config.fleet, broker_url, config.trust.certificate_days * DAY_S)
+    return Office(trust_folder(config), config.fleet, broker_url, config.trust.certificate_days * DAY_S, audit)
 
 
 class Trust:
     """One coordinator's.  Raises BadConfig for files that do not fit together."""
 
-    def __init__(self, config: CoordinatorConfig) -> None:
+    def __init__(self, config: CoordinatorConfig, audit: Audit | None = None) -> None:
         self._config, self.folder = config.trust, trust_folder(config)
-        self.office = open_office(config)
+        self.office = open_office(config, audit)
         self.seal = self.office.keyring.sign
         self.barred = self.office.barred()
         self.servers: list[Server] = []
         self._renew(time.time())
+        self._refresh_broker()  # before anybody is told that we are ready: a broker started next reads what is true
         self.broker = self._broker(config.broker)
 
     @property

@@ -34,6 +34,7 @@ tests:
       - {series: 'fedpipe_job_round_close_timestamp_seconds{name="j", instance="c"}', values: '1800x200'}
       - {series: 'fedpipe_disk_free_bytes{instance="c"}', values: '9e9x60 1e9x140'}
       - {series: 'fedpipe_certificate_expiry_timestamp_seconds{certificate="agent", instance="a"}', values: '1213200x200'}
+      - {series: 'fedpipe_certificate_expiry_timestamp_seconds{certificate="authority", instance="c"}', values: '31539600x200'}
       - {series: 'fedpipe_bus_connected{instance="a"}', values: '1x60 0x140'}
       - {series: 'fedpipe_messages_rejected_total{kind="flood", instance="c"}', values: '0x60 0+120x140'}
     alert_rule_test:
@@ -45,6 +46,7 @@ FIRED = (
     ("FedpipeRoundTooLong", 40, 41, "warning"),
     ("FedpipeDiskLow", 60, 70, "warning"),
     ("FedpipeCertificateExpires", 59, 62, "warning"),
+    ("FedpipeAuthorityEnds", 59, 62, "warning"),
     ("FedpipeNoBroker", 65, 75, "critical"),
     ("FedpipeRejectedMessages", 60, 85, "warning"),
 )

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-UNITS = sorted((Path(__file__).parents[2] / "deploy" / "systemd").glob("*.service"))
+DEPLOY = Path(__file__).parents[2] / "deploy"
+UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
 EXPOSURE = "20"
 """In tenths: systemd calls everything below 2.0 OK."""
 
@@ -40,6 +41,21 @@ def test_systemd_understands_every_line(unit: Path) -> None:
     found = analyze("verify", unit)
     about = [line for line in found.stderr.splitlines() if "fedpipe" in line]
     assert (found.returncode, about) == (0, [])
+
+
+def test_systemd_understands_those_that_reload_the_broker(tmp_path: Path) -> None:
+    units = [shutil.copy(unit, tmp_path) for unit in sorted((DEPLOY / "mosquitto").glob("fedpipe-*"))]
+    found = analyze("verify", *units)
+    about = [line for line in found.stderr.splitlines() if "fedpipe" in line]
+    assert (found.returncode, about, len(units)) == (0, [], 2)
+
+
+def test_the_broker_is_reloaded_after_every_file_that_is_kept_up_to_date() -> None:
+    watched = re.findall(
+        "^PathChanged=(.*)$", (DEPLOY / "mosquitto/fedpipe-mosquitto-reload.path").read_text(), re.MULTILINE
+    )
+    assert watched == [f"/etc/mosquitto/fedpipe/{name}" for name in ("acl", "ca.pem", "crl.pem", "server.pem")]
+    assert "ReadWritePaths=-/etc/mosquitto/fedpipe\n" in (DEPLOY / "systemd/fedpipe-coordinator.service").read_text()
 
 
 def test_little_of_the_machine_is_exposed(unit: Path) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.applications import Starlette
@@ -17,6 +18,7 @@ from starlette.applications import Starlette
 from coordinator.https import Server
 from coordinator.trust import mosquitto, own
 from coordinator.trust.authority import Authority
+from coordinator.trust.bounds import listening
 from coordinator.trust.desk import desk
 from coordinator.trust.office import Office, create
 from fedpipe.broker import free_port, mosquitto_command
@@ -61,7 +63,11 @@ class World:
         text = (self.files / "mosquitto.conf").read_text()
         conf.write_text(f"user {getpass.getuser()}\nlog_dest file {self.log}\n{text}")
         binary, *_ = mosquitto_command(self.port, folder)
-        self.process = subprocess.Popen([binary, "-c", str(conf)], stderr=subprocess.DEVNULL)
+        self._command = [binary, "-c", str(conf)]
+        self._start()
+
+    def _start(self) -> None:
+        self.process = subprocess.Popen(self._command, stderr=subprocess.DEVNULL)
         end = time.monotonic() + START_S
         while True:
             try:
@@ -75,6 +81,10 @@ class World:
     def close(self) -> None:
         self.process.terminate()
         self.process.wait()
+
+    def restart(self) -> None:
+        self.close()
+        self._start()
 
     def reload(self) -> None:
         """What deploy/mosquitto's units do after a change; returns when mosquitto has read its files."""
@@ -126,7 +136,9 @@ def world(tmp_path: Path, office: Office) -> Iterator[World]:
 class Desk:
     """The window for servers on a real port with TLS, in a thread of its own."""
 
-    def __init__(self, office: Office, names: list[str], app: Starlette | None = None) -> None:
+    def __init__(
+        self, office: Office, names: list[str], app: Starlette | None, settings: dict[str, Any] | None
+    ) -> None:
         import asyncio
         import threading
 
@@ -134,7 +146,7 @@ class Desk:
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listening.getsockname()[1]
         self.url = f"https://127.0.0.1:{self.port}"
-        self.server = Server(app or desk(office), office.folder / own.HTTPS_FILE)
+        self.server = Server(app or desk(office), office.folder / own.HTTPS_FILE, **(settings or listening()))
         self._thread = threading.Thread(target=lambda: asyncio.run(self.server.serve([self._listening])), daemon=True)
         self._thread.start()
 
@@ -150,8 +162,8 @@ class Desk:
 def open_desk(office: Office) -> Iterator[Callable[..., Desk]]:
     opened: list[Desk] = []
 
-    def made(names: tuple[str, ...] = (), app: Starlette | None = None) -> Desk:
-        opened.append(Desk(office, list(names), app))
+    def made(names: tuple[str, ...] = (), app: Starlette | None = None, settings: dict[str, Any] | None = None) -> Desk:
+        opened.append(Desk(office, list(names), app, settings))
         return opened[-1]
 
     yield made

@@ -11,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from typer.testing import CliRunner
 
 from fedpipe.__main__ import app
+from fedpipe.broker import free_port
 from fedpipe.enrolling import Place, enrol
 from protocol import codec
 from protocol.bus import Connected, mqtt_bus
@@ -60,6 +62,15 @@ def test_an_enrolled_agent(world: World, open_desk: Any, tmp_path: Path) -> None
     here = ("certificate", "private-files", "identity", "enrolment")
     assert {check: found[check]["status"] for check in here} == dict.fromkeys(here, "ok")
     assert not (place.identity / "heard.json").exists()  # the daemon's memory of orders is not touched
+
+    pinned = place.identity / "trust.json"
+    trust = pinned.read_bytes()
+    pinned.write_bytes(
+        msgspec.json.encode(msgspec.json.decode(trust) | {"coordinator": f"https://127.0.0.1:{free_port()}"})
+    )
+    silent = doctor(place.config)["enrolment"]
+    assert (silent["status"], "open its port" in silent["next_step"]) == ("failed", True)
+    pinned.write_bytes(trust)
 
     be_born(world, lambda _, payload: payload)
     assert "not to be trusted" in doctor(place.config)["coordinator"]["found"]

@@ -18,7 +18,8 @@ import pytest
 
 from agent.config import AgentConfig
 from agent.identity import Identity, Refused, exchange
-from coordinator.trust.desk import BURST, Rate, desk
+from coordinator.trust.bounds import BURST, Rate
+from coordinator.trust.desk import desk
 from coordinator.trust.office import Office, create
 from fedpipe.enrolling import Done, Place, enrol
 from protocol import enrolment, keys
@@ -78,7 +79,7 @@ def test_pending_then_accepted_while_it_waits(office: Office, open_desk: OpenDes
 
     def hears(text: str) -> None:
         said.append(text)
-        threading.Thread(target=office.accept, args=("a", time.time())).start()
+        threading.Thread(target=office.accept, args=("a", "", time.time())).start()
 
     done = enrol(open_desk().url, token(office, auto=False), "", place(tmp_path), hears, 30.0)
     assert done.agent == "a"
@@ -92,7 +93,7 @@ def test_giving_up_and_coming_again_goes_on_with_the_same_key(
     with pytest.raises(Unavailable, match="waits to be accepted"):
         enrol(url, word, "", place(tmp_path), lambda _: None, 0.0)
     before = office.enrolments()[0].key
-    office.accept("a", time.time())
+    office.accept("a", "", time.time())
     enrol(url, word, "", place(tmp_path), lambda _: None, 0.0)
     found = Identity(place(tmp_path).identity)
     assert keys.certificate_digest(found.certificate) == before

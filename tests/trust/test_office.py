@@ -70,10 +70,10 @@ def test_pending_until_a_person_decides(office: Office) -> None:
     assert ask(office, word, "a", key).state == "pending"
     assert ask(office, word, "a", key).certificate == ""
     assert office.barred() == {"a"}
-    office.accept("a", NOW)
+    office.accept("a", "", NOW)
     assert ask(office, word, "a", key).certificate
     assert office.barred() == frozenset()
-    assert office.accept("a", NOW).state is Standing.ACCEPTED
+    assert office.accept("a", "", NOW).state is Standing.ACCEPTED
 
 
 def test_a_lost_answer_is_asked_for_again_even_after_the_token_ended(office: Office) -> None:
@@ -218,9 +218,9 @@ def test_a_certificate_that_was_replaced_cannot_renew_though_the_agent_is_accept
 
 
 def test_moves_that_there_are_not(office: Office, enrol: EnrolAgent) -> None:
-    for move in (office.accept, lambda a, n: office.revoke(a, "", n), lambda a, n: office.reject(a, "", n)):
+    for move in (office.accept, office.revoke, office.reject):
         with pytest.raises(Refused, match="nobody asked"):
-            move("ghost", NOW)
+            move("ghost", "", NOW)
     enrol("a", NOW)
     with pytest.raises(Refused, match="is accepted"):
         office.reject("a", "", NOW)
@@ -229,7 +229,7 @@ def test_moves_that_there_are_not(office: Office, enrol: EnrolAgent) -> None:
         office.revoke("b", "", NOW)
     office.reject("b", "not ours", NOW)
     with pytest.raises(Refused, match="is rejected"):
-        office.accept("b", NOW)
+        office.accept("b", "", NOW)
 
 
 def test_who_is_rejected_reads_why(office: Office) -> None:
