@@ -1,6 +1,7 @@
 // The fleet: every agent with what it has and what it does or why it does nothing; and one agent alone.
 
 import { h } from "./dom.js";
+import { certificate } from "./enrolments.js";
 import { jobCells } from "./jobs.js";
 import { chip, choiceField, empty, figure, figures, filterField, look, section, table } from "./parts.js";
 import * as text from "./text.js";
@@ -182,7 +183,7 @@ export function fleetPage({ fleet }, now) {
 const allowed = ({ memory_bytes, max_rank, max_batch }) =>
   `${text.size(memory_bytes) || "nothing"}, rank to ${max_rank}, batch to ${max_batch}`;
 
-export function agentPage({ fleet }, now, name) {
+export function agentPage({ fleet, enrolments }, now, name) {
   const agent = fleet.agents.find((one) => one.id === name);
   if (!agent)
     return [h("h1", {}, name), empty("No agent of this name was ever seen. ", h("a", { href: "#/" }, "To the fleet"))];
@@ -203,6 +204,15 @@ export function agentPage({ fleet }, now, name) {
       row(agent.online ? "Online since" : "Offline since", agent.since ? text.moment(agent.since) : ""),
       row("Last seen", text.ago(seen(agent, now))),
       row("Works for", agent.task ? h("a", { href: `#/jobs/${encodeURIComponent(agent.task)}` }, agent.task) : ""),
+      row(
+        "Certificate ends",
+        enrolments
+          ? certificate(
+              enrolments.find((one) => one.agent === name),
+              now,
+            )
+          : "",
+      ),
       row("Software", agent.software),
       row("Methods", agent.methods.join(", ")),
       report

@@ -4,6 +4,7 @@ import { heldOut } from "./charts.js";
 import { h } from "./dom.js";
 import { address, hasToken, save } from "./link.js";
 import { chip, confirm, empty, table } from "./parts.js";
+import { wayBack } from "./steering.js";
 import * as text from "./text.js";
 
 const MAX_FAULTS = 100;
@@ -105,7 +106,12 @@ export function versionsTable(view) {
     size: 20,
     initial: { by: "version", down: true },
     columns: [
-      { id: "version", name: "Version", value: (v) => v.version, cell: (v) => String(v.version) },
+      {
+        id: "version",
+        name: "Version",
+        value: (v) => v.version,
+        cell: (v) => (v.of ? `${v.version}, which is ${v.of}` : String(v.version)),
+      },
       {
         id: "loss",
         name: "Held-out",
@@ -124,6 +130,7 @@ export function versionsTable(view) {
       },
       { id: "at", name: "Made", value: (v) => v.at, kind: "number", rare: true, cell: (v) => text.moment(v.at) },
       { id: "get", name: "Adapter", cell: (v) => download(view.name, v.version) },
+      { id: "back", name: "Rollback", rare: true, cell: (v) => wayBack(view, v) },
     ],
   });
 }

@@ -4,11 +4,10 @@ import { heldOut, lossChart, trained } from "./charts.js";
 import { h } from "./dom.js";
 import { eventLines } from "./events.js";
 import { faults, roundsTable, versionsTable } from "./history.js";
-import { ask } from "./link.js";
 import { members } from "./members.js";
-import { bar, chip, confirm, empty, figure, figures, section } from "./parts.js";
+import { bar, chip, empty, figure, figures, section } from "./parts.js";
 import { planPart } from "./ranks.js";
-import { refresh } from "./state.js";
+import { controls } from "./steering.js";
 import * as text from "./text.js";
 import { timeline } from "./timeline.js";
 
@@ -61,16 +60,15 @@ export function jobPage({ fleet, job, log }, now, name) {
 
 function head(view) {
   const reason = view.reason || view.text;
+  const beyond = view.text.startsWith(`${view.phase}, `) ? view.text.slice(view.phase.length + 2) : view.text;
   return [
     h(
       "div",
       { class: "head" },
       h("h1", {}, view.name),
       chip(view.phase),
-      view.ended_at && !view.reason ? null : h("span", { class: "soft" }, view.ended_at ? reason : view.text),
-      view.ended_at
-        ? null
-        : h("button", { class: "danger", onclick: () => confirmCancel(view.name) }, "Cancel the job"),
+      view.ended_at && !view.reason ? null : h("span", { class: "soft" }, view.ended_at ? reason : beyond),
+      controls(view),
     ),
     h(
       "p",
@@ -98,26 +96,44 @@ function summary(view, evaluations, now) {
       last ? text.loss(last.mean) : text.NONE,
       last && held.length > 1 ? `from ${text.loss(first.mean)}` : null,
     ),
-    figure("Agents", text.count(n_members - out), out ? `${text.count(out)} out` : null),
+    figure(
+      "Agents",
+      text.count(n_members - out),
+      [
+        out ? `${text.count(out)} out` : "",
+        cost.n_failed ? `${cost.n_failed} of ${text.some(cost.n_shares, "share")} failed` : "",
+      ]
+        .filter(Boolean)
+        .join(", ") || null,
+    ),
     figure(
       "Training time",
       text.hours(cost.train_s),
-      cost.gpu_s ? `${text.hours(cost.gpu_s)} of it on GPUs` : "on CPUs",
+      `${cost.gpu_s ? `${text.hours(cost.gpu_s)} of it on GPUs` : "on CPUs"}, ${text.some(cost.samples, "sample")}`,
     ),
     figure(
       "Moved",
       text.size(cost.bytes_up + cost.bytes_down) || "0 B",
       `↓ ${text.size(cost.bytes_down) || "0 B"}  ↑ ${text.size(cost.bytes_up) || "0 B"}`,
     ),
-    figure("Samples trained", text.count(cost.samples)),
-    figure("Shares failed", text.count(cost.n_failed), `of ${text.count(cost.n_shares)}`),
+    figure("Energy", text.energy(cost.joules) || text.NONE, known(cost)),
+    figure(
+      "Cost so far",
+      cost.money === null ? text.hours(cost.work_s) : `${text.money(cost.money)} ${cost.currency}`,
+      paid(cost),
+    ),
   );
 }
 
-function confirmCancel(name) {
-  const words =
-    "Agents stop at once and the open round is lost. Finished versions stay. A cancelled job cannot be taken up again.";
-  confirm(`Cancel ${name}?`, words, "Go on training", "Cancel the job", () =>
-    ask(`jobs/${encodeURIComponent(name)}/cancel`, "POST").finally(refresh),
-  );
+// What the energy is known from; what nobody measured or declared is said, not guessed.
+function known({ joules, declared_j, unmetered_s }) {
+  const source =
+    declared_j && declared_j < joules ? `${text.energy(declared_j)} declared` : declared_j ? "declared" : "measured";
+  const missing = unmetered_s ? `unknown for ${text.duration(unmetered_s)}` : "";
+  return [joules ? source : "", missing].filter(Boolean).join(", ") || null;
+}
+
+function paid({ money, work_s, unmetered_s }) {
+  if (money === null) return "of agents' time; no prices set";
+  return `${text.hours(work_s)} of agents' time${unmetered_s ? ", unknown energy not in it" : ""}`;
 }

@@ -19,16 +19,18 @@ export const keepToken = (token) => sessionStorage.setItem(TOKEN, token);
 export const dropToken = () => sessionStorage.removeItem(TOKEN);
 export const address = (path) => new URL(path, API).pathname + new URL(path, API).search;
 
-async function request(path, { method = "GET", signal } = {}) {
+async function request(path, { method = "GET", body, signal } = {}) {
   const headers = hasToken() ? { authorization: `Bearer ${sessionStorage.getItem(TOKEN)}` } : {};
-  const response = await fetch(new URL(path, API), { method, headers, signal, cache: "no-store" });
+  if (body) headers["content-type"] = "application/json";
+  const response = await fetch(new URL(path, API), { method, headers, body, signal, cache: "no-store" });
   if (response.ok) return response;
   const told = await response.json().catch(() => ({}));
   throw new Refused(response.status, told.error ?? `the coordinator answers ${response.status}`);
 }
 
-export async function ask(path, method = "GET") {
-  const response = await request(path, { method, signal: AbortSignal.timeout(ANSWER_MS) });
+export async function ask(path, method = "GET", told = undefined) {
+  const body = told && JSON.stringify(told);
+  const response = await request(path, { method, body, signal: AbortSignal.timeout(ANSWER_MS) });
   return response.json();
 }
 

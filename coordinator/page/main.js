@@ -1,5 +1,6 @@
 // The operator's page: what is looked at is in the address (#/, #/jobs/NAME, ...), what is shown is drawn from the state.
 
+import { enrolmentsPage, waiting } from "./enrolments.js";
 import { eventsPage } from "./events.js";
 import { agentPage, fleetPage } from "./fleet.js";
 import { fill, h } from "./dom.js";
@@ -16,6 +17,7 @@ const PAGES = [
   [/^\/jobs$/, jobsPage, "Jobs"],
   [/^\/jobs\/(.+)$/, jobPage, "Jobs"],
   [/^\/agents\/(.+)$/, agentPage, "Fleet"],
+  [/^\/enrolments$/, enrolmentsPage, "Enrolments"],
   [/^\/events$/, eventsPage, "Events"],
 ];
 
@@ -49,13 +51,22 @@ function header(part) {
     ["Jobs", "#/jobs"],
     ["Events", "#/events"],
   ];
-  const { fleet } = state;
+  const { fleet, enrolments } = state;
+  if (enrolments) links.splice(2, 0, ["Enrolments", "#/enrolments"]);
+  const n = waiting(enrolments);
   return [
     h("a", { class: "brand", href: "#/" }, h("strong", {}, "fedpipe"), fleet ? h("span", {}, fleet.fleet) : null),
     h(
       "nav",
       { "aria-label": "Parts" },
-      links.map(([name, href]) => h("a", { href, "aria-current": name === part ? "page" : null }, name)),
+      links.map(([name, href]) =>
+        h(
+          "a",
+          { href, "aria-current": name === part ? "page" : null },
+          name,
+          name === "Enrolments" && n ? h("span", { class: "badge", title: `${n} to be decided` }, text.count(n)) : null,
+        ),
+      ),
     ),
     h(
       "span",

@@ -8,6 +8,7 @@ export const redraw = () => document.dispatchEvent(new Event("redraw"));
 const TONES = {
   DONE: "good",
   completed: "good",
+  accepted: "good",
   online: "good",
   aggregated: "good",
   TRAINING: "busy",
@@ -23,11 +24,15 @@ const TONES = {
   REJECTED: "bad",
   failed: "bad",
   out: "bad",
+  rejected: "bad",
+  revoked: "bad",
   offline: "bad",
   TIMED_OUT: "warn",
   CANCELLED: "warn",
   cancelled: "warn",
   paused: "warn",
+  pending: "warn",
+  soon: "warn",
 };
 const SIGNS = { good: "✓", busy: "▸", bad: "✕", warn: "!" };
 
@@ -64,12 +69,13 @@ export function section(id, title, ...content) {
   );
 }
 
-// Asks or tells something that has to be answered before anything else.
-export function confirm(title, words, stay, go, act) {
+// Asks or tells something that has to be answered before anything else; with a `field` of this label, `act` gets what is in it.
+export function confirm(title, words, stay, go, act, { tone = "danger", field = "" } = {}) {
   const dialog = document.getElementById("dialog");
   const fault = h("p", { role: "alert" });
+  const input = field ? h("input", { id: "dialog-field", maxlength: "500", spellcheck: "true" }) : null;
   const acted = () =>
-    act().then(
+    act(input?.value.trim()).then(
       () => dialog.close(),
       (error) => {
         fault.textContent = error.message;
@@ -78,12 +84,13 @@ export function confirm(title, words, stay, go, act) {
   dialog.replaceChildren(
     h("h2", { id: "dialog-title" }, title),
     h("p", {}, words),
+    ...(input ? [h("p", { class: "field" }, h("label", { for: "dialog-field" }, field), input)] : []),
     fault,
     h(
       "div",
       { class: "buttons" },
       h("button", { onclick: () => dialog.close(), autofocus: true }, stay),
-      go ? h("button", { class: "danger", onclick: acted }, go) : "",
+      go ? h("button", { class: tone, onclick: acted }, go) : "",
     ),
   );
   dialog.showModal();

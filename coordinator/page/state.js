@@ -1,7 +1,7 @@
 // What this page knows: the views it read last, the news since, and how it keeps both fresh.
 //
 // News say that something changed, the views say what is so.  Each view is read again when there is news of it, but never
-// sooner than four times as long as the last reading took: a large fleet is read less often, not slower.
+// sooner than four times as long as readings take: a large fleet is read less often, not slower.
 
 import * as link from "./link.js";
 
@@ -19,6 +19,8 @@ export const state = {
   awaySince: 0,
   login: "", // why a token is asked for
   log: [],
+  enrolments: null,
+  noEnrolments: "", // why there are none: this coordinator has no authority
   job: null, // the one that is looked at: {name, view, rounds, evaluations, plan, noPlan, missing}
 };
 
@@ -34,6 +36,7 @@ class Reading {
     this.wanted = false;
     this.running = false;
     this.next = 0;
+    this.took = 0;
   }
 
   want() {
@@ -54,7 +57,9 @@ class Reading {
       } catch (error) {
         failed(error);
       }
-      this.next = performance.now() + Math.min(EVERY_MS, Math.max(LEAST_MS, PATIENCE * took));
+      // of the last two the quicker: one that stalled says nothing of the next
+      this.next = performance.now() + Math.min(EVERY_MS, Math.max(LEAST_MS, PATIENCE * Math.min(took, this.took)));
+      this.took = took;
       changed();
     }
     this.running = false;
@@ -86,6 +91,20 @@ const fleet = new Reading(async () => {
   state.away = "";
   state.login = "";
 });
+
+const enrolments = new Reading(async () => {
+  try {
+    state.enrolments = await link.ask("enrolments");
+    state.noEnrolments = "";
+  } catch (error) {
+    if (!(error instanceof link.Refused) || error.status !== 409) throw error;
+    state.enrolments = null;
+    state.noEnrolments = error.message;
+  }
+});
+
+// After a word of the operator, which is no news of a job.
+export const reread = () => enrolments.want();
 
 const job = new Reading(async () => {
   const told = state.job;
@@ -133,6 +152,7 @@ export function lookAt(name) {
 export function refresh() {
   if (state.login) return;
   fleet.want();
+  if (!state.noEnrolments) enrolments.want();
   if (state.job) job.want();
 }
 
@@ -147,6 +167,8 @@ function isRepeated(item) {
 function heard(item) {
   switch (item.event) {
     case "listening":
+      state.noEnrolments = ""; // it may have been restarted with an authority
+      return refresh();
     case "missed":
       return refresh();
     case "progress":

@@ -31,9 +31,26 @@ export function ago(seconds) {
   return seconds < 86400 ? `${(seconds / 3600).toFixed(1)} h ago` : `${(seconds / 86400).toFixed(1)} d ago`;
 }
 
+// A time to come, in its largest unit.
+export function span(seconds) {
+  if (seconds < 3600) return `${Math.round(seconds / 60)} min`;
+  return seconds < 172_800 ? `${Math.round(seconds / 3600)} h` : `${Math.round(seconds / 86400)} d`;
+}
+
 export const loss = (value) => (Number.isFinite(value) ? value.toFixed(3) : NONE);
 export const count = (value) => value.toLocaleString("en-US");
 export const percent = (ratio) => (Number.isFinite(ratio) ? `${Number((100 * ratio).toPrecision(3))} %` : NONE);
+export const money = (value) => value.toLocaleString("en-US", { minimumFractionDigits: 2, maximumFractionDigits: 2 });
+
+export function energy(joules) {
+  const hours = joules / 3600;
+  if (!(hours >= 0.005)) return "";
+  if (hours < 0.95) return `${hours.toFixed(2)} Wh`;
+  const power = Math.min(2, Math.floor(Math.floor(Math.log10(Math.max(1, hours)) + 0.0003) / 3));
+  const value = hours / 1000 ** power;
+  return `${value.toFixed(value < 9.95 ? 1 : 0)} ${["", "k", "M"][power]}Wh`;
+}
+
 export const hours = (seconds) => `${(seconds / 3600).toFixed(seconds < 36000 ? 2 : 0)} h`;
 export const clock = (at) => new Date(1000 * at).toLocaleTimeString("en-GB");
 export const moment = (at) => new Date(1000 * at).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });

@@ -1,4 +1,4 @@
-"""Rounds told to an experiment tracker as they end: TensorBoard, MLflow, or whatever is put behind the same small interface.
+"""Rounds told to an experiment tracker as they end: TensorBoard, MLflow, Weights & Biases, or whatever is put behind the same small interface.
 
     consumer -> points of a round -> bounded queue -> one thread per tracker -> its library -> its files or server
 
@@ -24,6 +24,7 @@ from msgspec import Meta
 from coordinator.core import actions as act
 from coordinator.core import events as ev
 from coordinator.core.state import RoundRecord
+from coordinator.cost import work_s, worked
 from protocol.errors import BadConfig
 
 MAX_WAITING: Final = 1000
@@ -39,6 +40,8 @@ class TrackersConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """A folder that gets one of event files per job; empty: nowhere."""
     mlflow: str = ""
     """A tracking URI, as http://mlflow:5000 or file:///srv/mlruns; empty: nowhere."""
+    wandb: str = ""
+    """A Weights & Biases project, as `fedpipe` or `team/fedpipe`; its key is in WANDB_API_KEY; empty: nowhere."""
     per_agent: bool = False
     """Also the figures of each agent, which a large fleet has many of."""
     max_agents: Annotated[int, Meta(ge=1, le=10**5)] = 100
@@ -86,7 +89,10 @@ def points_of(job: str, record: RoundRecord, n_agents: int = 0) -> Iterator[Poin
         "round/agents_done": float(sum(share.state == "DONE" for share in shares.values())),
         "round/bytes_up": float(sum(share.bytes_up for share in shares.values())),
         "round/bytes_down": float(sum(share.bytes_down for share in shares.values())),
+        "round/work_seconds": sum(map(work_s, worked(record))),
     }
+    if known := [share.energy.joules for share in worked(record) if share.energy]:
+        values["round/energy_joules"] = sum(known)
     if record.loss is not None:
         values["loss/train"] = record.loss
     measured: dict[str, float] = {}
@@ -176,14 +182,15 @@ class Guest:
 class Trackers:
     """All trackers of one configuration.  Raises BadConfig for one whose package is not installed."""
 
-    def __init__(self, config: TrackersConfig, fleet: str) -> None:
-        self._fleet = fleet
-        self._config, self.guests = config, list(_guests(config, fleet))
+    def __init__(self, config: TrackersConfig, fleet: str, folder: Path) -> None:
+        """`folder` is for what a library keeps on this machine."""
+        self._fleet, self._folder = fleet, folder
+        self._config, self.guests = config, list(_guests(config, fleet, folder))
 
     def renew(self, config: TrackersConfig) -> None:
         """Other trackers from now on; the present ones end with what they have.  Raises BadConfig before any change."""
         if config != self._config:
-            guests = list(_guests(config, self._fleet))
+            guests = list(_guests(config, self._fleet, self._folder))
             self._end()
             self._config, self.guests = config, guests
 
@@ -215,17 +222,17 @@ class Trackers:
             guest.tell(item)
 
 
-def _guests(config: TrackersConfig, fleet: str) -> Iterator[Guest]:
-    for name in ("tensorboard", "mlflow"):
+def _guests(config: TrackersConfig, fleet: str, folder: Path) -> Iterator[Guest]:
+    for name in ("tensorboard", "mlflow", "wandb"):
         if getattr(config, name) and find_spec(name) is None:
             raise BadConfig(f"trackers.{name} needs a package: pip install 'fedpipe[{name}]', or leave it empty")
     if config.tensorboard:
-        folder = Path(config.tensorboard)
+        events = Path(config.tensorboard)
 
         def tensorboard() -> Tracker:
             from coordinator.trackers.tensorboard import TensorBoard
 
-            return TensorBoard(folder)
+            return TensorBoard(events)
 
         yield Guest("tensorboard", tensorboard)
     if config.mlflow:
@@ -237,3 +244,12 @@ def _guests(config: TrackersConfig, fleet: str) -> Iterator[Guest]:
             return MLflow(uri, fleet)
 
         yield Guest("mlflow", mlflow)
+    if config.wandb:
+        project = config.wandb
+
+        def wandb() -> Tracker:
+            from coordinator.trackers.wandb import WandB
+
+            return WandB(project, fleet, folder)
+
+        yield Guest("wandb", wandb)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +14,15 @@ from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
 from coordinator.core import events as ev
 from coordinator.core.state import Phase
+from coordinator.cost import Price, Prices
 from coordinator.submission import parse_job
+from coordinator.trust.office import Office, create
+from protocol import keys
+from protocol.enrolment import Enrol
 from protocol.messages import (
     Allowance,
     Blob,
+    Energy,
     Evaluated,
     ExecState,
     Gpu,
@@ -93,6 +100,27 @@ min_agents = 2
 train_s = 900.0
 late = "drop"
 """
+
+
+def enrol(folder: Path, *, pending: Sequence[str], accepted: Sequence[str] = (), revoked: Sequence[str] = ()) -> None:
+    """A coordinator's folder with an authority and with servers that asked it."""
+    now = time.time()
+    create(folder / "trust", "main", now)
+    office = Office(folder / "trust", "main", "mqtts://hub.example.org:8883")
+    for i, agent in enumerate((*pending, *accepted, *revoked)):
+        at = now - 86400.0 * 80 * (agent == "berlin") - 300.0 * i  # one whose renewal does not come through
+        token = office.make_token(agent, 1, 3600.0, auto_accept=agent not in pending, now=at)
+        office.enrol(Enrol(token=str(token), csr=keys.request(keys.new_key(), agent)), f"192.0.2.{i + 10}", at)
+    for agent in revoked:
+        office.revoke(agent, "its disk was sold", now - 60.0)
+    office.registry.close()
+
+
+def energy_of(agent: str) -> Energy | None:
+    """One agent cannot measure, and one has a figure of its owner's."""
+    if agent == "delft":
+        return None
+    return Energy(joules=4200.0 + 300 * AGENTS.index(agent), source="declared" if agent == "cork" else "measured")
 
 
 class Story:
@@ -213,6 +241,7 @@ class Story:
             steps=40,
             peak_bytes=9 * GB,
             bytes_down=size // 2,
+            energy=energy_of(agent),
         )
 
     def half_a_round(self, number: int) -> None:
@@ -235,7 +264,10 @@ class Story:
 @pytest.fixture(scope="module")
 def busy(served_kind: type[Served], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A served coordinator whose fleet has done four rounds and is in the middle of the fifth, for all tests that only look."""
-    served = served_kind(tmp_path_factory.mktemp("busy"))
+    folder = tmp_path_factory.mktemp("busy")
+    enrol(folder, pending=["heide", "ilmenau"], accepted=AGENTS, revoked=["kassel"])
+    prices = Prices(currency="EUR", per_kwh=0.32, agents={"delft": Price(per_hour=1.1)})
+    served = served_kind(folder, prices=prices)
     story = Story(served)
     story.gather()
     story.submit()

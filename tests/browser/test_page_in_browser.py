@@ -17,9 +17,10 @@ from playwright.sync_api import Page, expect
 
 from coordinator.core import events as ev
 from coordinator.core.state import Phase
-from coordinator.figures import duration_text, loss_text, size_text
+from coordinator.figures import duration_text, energy_text, loss_text, size_text
 from coordinator.submission import parse_job
 from protocol.messages import Allowance, ExecState, Report
+from tests.browser.conftest import enrol
 
 Served = Any
 """The fixture's type; it lives in tests/conftest.py."""
@@ -42,6 +43,7 @@ PLACES = {
     "jobs": "#/jobs",
     "job": "#/jobs/support-answers",
     "agent": "#/agents/aachen",
+    "enrolments": "#/enrolments",
     "events": "#/events",
 }
 
@@ -76,12 +78,12 @@ def test_the_numbers_on_the_page_are_those_of_the_api(busy: Served, open_page: O
     assert figure(page, "Held-out loss").split("\n") == [loss_text(means[4]), f"from {loss_text(means[0])}"]
     cost = view["cost"]
     assert size_text(cost["bytes_up"]) in figure(page, "Moved")
-    assert (
-        figure(page, "Shares failed").split()
-        == [str(cost["n_failed"]), "of", str(cost["n_shares"])]
-        == ["1", "of", "24"]
-    )
-    assert figure(page, "Samples trained") == f"{cost['samples']:,}"
+    assert (cost["n_failed"], cost["n_shares"]) == (1, 24)
+    assert "1 of 24 shares failed" in figure(page, "Agents")
+    assert energy_text(cost["joules"]) in figure(page, "Energy")
+    assert energy_text(cost["declared_j"]) in figure(page, "Energy")
+    assert f"{cost['money']:,.2f} EUR" in figure(page, "Cost so far")
+    assert f"{cost['samples']:,} samples" in figure(page, "Training time")
     assert cells(page, "Rounds") == [
         [
             str(record["round"]),
@@ -167,7 +169,8 @@ def test_a_job_runs_through_before_the_readers_eyes(served: Served, open_page: O
     expect(page.get_by_text("fedpipe submit job.toml")).to_be_visible()
     submit(served)
     page.get_by_role("link", name="j", exact=True).click()
-    expect(page.locator(".head")).to_contain_text("waiting, round 1 of 2")
+    expect(page.locator(".head .chip")).to_contain_text("waiting")
+    expect(page.locator(".head .soft")).to_have_text("round 1 of 2")
     expect(page.locator("#current")).to_contain_text("No agent is in the job yet")
     served.join("a", "b")
     served.survey("a", "b")
@@ -235,6 +238,75 @@ def test_a_job_is_cancelled_only_after_a_second_word_and_by_keyboard_alone(serve
     page.keyboard.press("Enter")
     expect(page.locator(".head .chip")).to_contain_text("cancelled")
     assert served.job().phase is Phase.CANCELLED
+
+
+def test_a_job_is_paused_stopped_resumed_and_taken_back(served: Served, open_page: Opener) -> None:
+    submit(served)
+    served.join("a", "b")
+    served.survey("a", "b")
+    served.run_round("a", "b")
+    page = open_page(f"{served.url}/#/jobs/j")
+    head, dialog = page.locator(".head"), page.get_by_role("dialog")
+    head.get_by_role("button", name="Pause the job").click()
+    dialog.get_by_label("Reason").fill("heat")
+    dialog.get_by_role("button", name="Pause the job").click()
+    expect(head).to_contain_text("round 2 of 2; then paused, by local: heat")
+    head.get_by_role("button", name="Stop the round now").click()
+    dialog.get_by_role("button", name="Stop the round").click()
+    expect(head.locator(".chip")).to_contain_text("paused")
+    page.get_by_role("button", name="Go back to version 1").wait_for(state="detached")
+    head.get_by_role("button", name="Resume").click()
+    expect(head.locator(".chip")).to_contain_text("collecting")
+    served.run_round("a", "b")
+    page.get_by_role("button", name="Go back to version 1").click()
+    dialog.get_by_label("Reason").fill("worse")
+    dialog.get_by_role("button", name="Go back").click()
+    expect(page.locator("#versions tbody tr").first).to_contain_text("3, which is 1")
+    assert [(r.of, r.by, r.reason) for r in served.job().rollbacks] == [(1, "local", "worse")]
+
+
+def test_servers_that_ask_are_let_in_sent_away_and_taken_back_after_a_second_word(
+    served_kind: type[Served], tmp_path: Path, open_page: Opener
+) -> None:
+    enrol(tmp_path, pending=["anna", "berta"])
+    served = served_kind(tmp_path)
+    page = open_page(f"{served.url}/#/enrolments")
+    row = page.locator("tr[data-key=anna]")
+    expect(page.locator("nav .badge")).to_have_text("2")
+    key = httpx.get(f"{served.url}/v1/enrolments", trust_env=False).json()[0]["key"]
+    expect(row).to_contain_text(key[:16])
+    row.get_by_role("button", name="accept anna").click()
+    expect(page.get_by_role("dialog")).to_contain_text(key[:16])
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    expect(row).to_contain_text("pending")
+    row.get_by_role("button", name="accept anna").click()
+    page.get_by_role("button", name="Let it in").click()
+    expect(row).to_contain_text("in 90 d")
+    expect(page.locator("nav .badge")).to_have_text("1")
+    page.get_by_role("button", name="reject berta").click()
+    page.get_by_label("Reason").fill("who are you?")
+    page.get_by_role("button", name="Send it away").click()
+    expect(page.locator("tr[data-key=berta]")).to_contain_text("who are you?")
+    expect(page.locator("nav .badge")).to_have_count(0)
+    row.get_by_role("button", name="revoke anna").click()
+    page.get_by_label("Reason").fill("sold")
+    page.get_by_role("button", name="Take it back").click()
+    expect(row).to_contain_text("revoked")
+    expect(row.get_by_role("button")).to_have_count(0)
+    told = httpx.get(f"{served.url}/v1/enrolments", trust_env=False).json()
+    assert [(one["state"], one["reason"]) for one in told] == [("revoked", "sold"), ("rejected", "who are you?")]
+    written = (tmp_path / "audit.log").read_text()
+    assert [word for word in ("accept", "reject", "revoke") if f'"{word}"' not in written] == []
+    page.close()
+    served.close()
+
+
+def test_without_an_authority_enrolments_are_not_in_the_way(served: Served, open_page: Opener) -> None:
+    page = open_page(f"{served.url}/#/enrolments")
+    expect(page.get_by_text("fedpipe-coordinator ca init")).to_be_visible()
+    expect(page.get_by_role("link", name="Enrolments")).to_have_count(0)
+    expect(page.get_by_role("status")).to_be_empty()
 
 
 # --------------------------------------------------------------------------------------------------------- large fleets

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +19,7 @@ from coordinator import trackers as module
 from coordinator.core import actions as act
 from coordinator.core.state import RoundRecord, ShareRecord
 from coordinator.trackers import Ended, Guest, Points, Tracker, Trackers, TrackersConfig, points_of
+from coordinator.trackers.wandb import WandB
 from protocol.errors import BadConfig
 from protocol.messages import Evaluated
 
@@ -44,8 +50,8 @@ def wishes(job: str, n_rounds: int) -> list[act.Wish]:
     return [*rounds, act.Finish(job=job, phase="completed", reason="")]
 
 
-def told(config: TrackersConfig, jobs: dict[str, int]) -> None:
-    found = Trackers(config, "lab")
+def told(config: TrackersConfig, jobs: dict[str, int], folder: Path = Path("unused")) -> None:
+    found = Trackers(config, "lab", folder)
     for job, n_rounds in jobs.items():
         found.happened([], wishes(job, n_rounds))
     found.close(PATIENCE_S)
@@ -61,6 +67,7 @@ def test_the_figures_of_a_round() -> None:
         "round/agents_done": 2.0,
         "round/bytes_up": 200.0,
         "round/bytes_down": 100.0,
+        "round/work_seconds": 6.0,
         "loss/train": 2.5,
     }
     assert measured.values == {"loss/held_out": pytest.approx((20 * 2.0 + 30 * 3.0) / 50)}
@@ -101,6 +108,93 @@ def test_mlflow_reads_what_is_written(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sorted((one.step, one.value, one.timestamp) for one in history) == [(1, 2.5, 1030000), (2, 2.5, 1030000)]
     told(TrackersConfig(mlflow=uri), {"j": 1, "k": 1})
     assert len(client.search_runs([experiment.experiment_id])) == 2, "a job has one run, also after a restart"
+
+
+def wandb_records(folder: Path) -> Iterator[Any]:
+    """What W&B's own library finds in the files of its offline runs."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    for path in sorted(folder.rglob("*.wandb")):
+        store = DataStore()
+        store.open_for_scan(str(path))
+        while (data := store.scan_data()) is not None:
+            yield Record.FromString(data)
+
+
+def test_wandb_reads_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    told(TrackersConfig(wandb="team/fedpipe"), {"j": 2, "k": 1}, tmp_path)
+    runs: dict[str, list[dict[str, Any]]] = {}
+    exits = []
+    for record in wandb_records(tmp_path):
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            shown = record.run
+            assert (shown.entity, shown.project, shown.run_group) == ("team", "fedpipe", "lab")
+            assert shown.host == "lab"
+            points = runs.setdefault(f"{shown.run_id} {shown.display_name}", [])
+        elif kind == "history":
+            items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            points.append(items)
+        elif kind == "exit":
+            exits.append(record.exit.exit_code)
+        assert kind not in {"environment", "output", "output_raw", "files", "stats"}, (
+            "only the points leave the machine"
+        )
+    assert list(runs) == ["lab-j j", "lab-k k"]
+    assert exits == [0, 0]
+    trained = [(p["step"], p["loss/train"], p["_timestamp"]) for p in runs["lab-j j"] if "loss/train" in p]
+    assert trained == [(1, 2.5, 1030.0), (2, 2.5, 1030.0)]
+    assert [p["step"] for p in runs["lab-j j"] if "loss/held_out" in p] == [0, 1]
+
+
+SILENT_WANDB = """
+import logging, sys
+from pathlib import Path
+from coordinator.trackers import Points, Trackers, TrackersConfig
+logging.basicConfig()
+found = Trackers(TrackersConfig(wandb="p"), "lab", Path(sys.argv[1]))
+found.guests[0].tell(Points("j", 1, {"a": 1.0}, 1000.0))
+found.close(0.5)
+"""
+
+
+def test_a_silent_wandb_does_not_keep_the_coordinator_from_ending(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        env = os.environ | {"WANDB_BASE_URL": url, "WANDB_API_KEY": 40 * "0", "WANDB_MODE": "online"}
+        command = [sys.executable, "-c", SILENT_WANDB, str(tmp_path)]
+        done = subprocess.run(command, env=env, stderr=subprocess.DEVNULL, timeout=PATIENCE_S, check=False)
+    assert done.returncode == 0
+
+
+def test_a_process_that_dies_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracker = WandB("p", "lab", tmp_path)
+    tracker.log(Points("j", 1, {"a": 1.0}, 1000.0))
+    assert tracker._process
+    tracker._process.kill()
+    with pytest.raises(EOFError, match="ended with -9"):
+        tracker.log(Points("j", 2, {"a": 1.0}, 1000.0))
+    tracker.log(Points("j", 3, {"a": 1.0}, 1000.0))
+    tracker.close()
+    steps = [
+        json.loads(item.value_json)
+        for record in wandb_records(tmp_path)
+        for item in record.history.item
+        if "step" in (item.key, *item.nested_key)
+    ]
+    assert steps[-1] == 3
+
+
+def test_wandb_without_a_key_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    tracker = WandB("p", "lab", tmp_path)
+    with pytest.raises(RuntimeError, match=r"No API key configured"):
+        tracker.log(Points("j", 1, {"a": 1.0}, 1000.0))
+    tracker.close()
 
 
 # ------------------------------------------------------------------------------------------------- bad guests
@@ -184,17 +278,17 @@ def test_a_library_that_cannot_be_loaded_is_tried_again(caplog: pytest.LogCaptur
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_spec", lambda _name: None)
-    running = Trackers(TrackersConfig(), "lab")
-    for config in (TrackersConfig(tensorboard="x"), TrackersConfig(mlflow="x")):
-        with pytest.raises(BadConfig, match=r"pip install 'fedpipe\[(tensorboard|mlflow)\]'"):
-            Trackers(config, "lab")
+    running = Trackers(TrackersConfig(), "lab", Path("unused"))
+    for config in (TrackersConfig(tensorboard="x"), TrackersConfig(mlflow="x"), TrackersConfig(wandb="x")):
+        with pytest.raises(BadConfig, match=r"pip install 'fedpipe\[(tensorboard|mlflow|wandb)\]'"):
+            Trackers(config, "lab", Path("unused"))
         with pytest.raises(BadConfig, match="pip install"):
             running.renew(config)
     assert running.guests == []
 
 
 def test_a_reload_exchanges_them(tmp_path: Path) -> None:
-    found = Trackers(TrackersConfig(tensorboard=str(tmp_path / "a")), "lab")
+    found = Trackers(TrackersConfig(tensorboard=str(tmp_path / "a")), "lab", tmp_path)
     (first,) = found.guests
     found.happened([], wishes("j", 1))
     found.renew(TrackersConfig(tensorboard=str(tmp_path / "b")))

@@ -1,0 +1,124 @@
+"""What the ended rounds of a job have cost: the agents' time, energy as far as it is known, bytes, and money at the operator's prices.
+
+Time and energy are recorded with each share; prices are not, so a price that is corrected holds for what is past too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta
+
+from coordinator.core.state import RoundRecord, ShareRecord
+from coordinator.figures import duration_text, energy_text
+from protocol.messages import Id
+
+HOUR_S: Final = 3600.0
+KWH_J: Final = 3.6e6
+
+
+class Price(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an agent costs while it works."""
+
+    per_hour: Annotated[float, Meta(ge=0, le=10**6)] = 0.0
+    """From the plan it was given to the end of its share, also while it waits for a link."""
+    per_kwh: Annotated[float, Meta(ge=0, le=10**6)] = 0.0
+    """Of the energy that is measured or declared."""
+
+
+class Prices(Price, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a job's cost is worked out by: looked at anew each time, so that a change holds for what is past too."""
+
+    currency: Annotated[str, Meta(max_length=8)] = ""
+    """As EUR; empty: no amount is worked out."""
+    agents: dict[Id, Price] = {}
+    """Of agents whose price is another one."""
+
+    def __post_init__(self) -> None:
+        if not self.currency and any(price.per_hour or price.per_kwh for price in (self, *self.agents.values())):
+            raise ValueError("a price needs its currency: add currency = 'EUR' under [prices]")
+
+    def of(self, agent: str) -> Price:
+        """What holds for this agent."""
+        return self.agents.get(agent, self)
+
+
+FREE: Final = Prices()
+
+
+class CostView(msgspec.Struct, frozen=True, kw_only=True):
+    """What the agents of a job have spent on the rounds that ended; gpu_s is the part of train_s that GPUs worked.
+
+    Fields: work_s, time from a plan that an agent took to the end of its share, over all; joules of devices that trained, with
+    declared_j the part that is an owner's figure; unmetered_s, the part of work_s whose energy nobody knows; money at the
+    prices of now, which is without that energy; None where no price is set.
+    """
+
+    train_s: float = 0.0
+    gpu_s: float = 0.0
+    samples: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    n_shares: int = 0
+    n_failed: int = 0
+    work_s: float = 0.0
+    joules: float = 0.0
+    declared_j: float = 0.0
+    unmetered_s: float = 0.0
+    money: float | None = None
+    currency: str = ""
+
+
+def work_s(share: ShareRecord) -> float:
+    """How long an agent was at work on a share; one that never took its plan was not."""
+    return max(share.train_s, share.wall_s if share.entered else 0.0)
+
+
+def worked(record: RoundRecord) -> Iterator[ShareRecord]:
+    """The shares that were worked on in this attempt of a round, without those that an earlier one left to it."""
+    return (share for share in record.shares.values() if not 0 < share.ended_at < record.opened_at)
+
+
+def spent_text(cost: CostView) -> str:
+    """What a job has cost so far, in a line: time at work, energy and what it is known from, money."""
+    energy = energy_text(cost.joules)
+    if energy and cost.declared_j:
+        energy += " declared" if cost.declared_j == cost.joules else f" ({energy_text(cost.declared_j)} of it declared)"
+    if cost.unmetered_s:
+        unknown = f"unknown for {duration_text(cost.unmetered_s)}"
+        energy = f"{energy}, {unknown}" if energy else "energy not known"
+    money = "" if cost.money is None else f"{cost.money:,.2f} {cost.currency}"
+    return "; ".join(filter(None, [f"{duration_text(cost.work_s)} at work", energy, money]))
+
+
+def cost_so_far(rounds: Iterable[RoundRecord], devices: Mapping[str, str], prices: Prices = FREE) -> CostView:
+    """Everything that agents handed in until the last ended round.  `devices` says what each agent trains on.
+
+    A finished share that a failed attempt left to the next one is in the records of both; it counts once.  Cost: linear in
+    shares of all rounds.
+    """
+    once: dict[tuple[int, str, float], tuple[str, ShareRecord]] = {}
+    for record in rounds:
+        for agent, share in record.shares.items():
+            once[record.round, agent, share.assigned_at] = agent, share
+    shares = list(once.values())
+    known = [(agent, share.energy) for agent, share in shares if share.energy]
+    by_hour = sum(prices.of(agent).per_hour * work_s(share) / HOUR_S for agent, share in shares)
+    by_energy = sum(prices.of(agent).per_kwh * energy.joules / KWH_J for agent, energy in known)
+    return CostView(
+        train_s=sum(share.train_s for _, share in shares),
+        gpu_s=sum(share.train_s for agent, share in shares if devices.get(agent, "cpu") != "cpu"),
+        samples=sum(share.samples for _, share in shares),
+        bytes_up=sum(share.bytes_up for _, share in shares),
+        bytes_down=sum(share.bytes_down for _, share in shares),
+        n_shares=len(shares),
+        n_failed=sum(share.state != "DONE" for _, share in shares),
+        work_s=sum(work_s(share) for _, share in shares),
+        joules=sum(energy.joules for _, energy in known),
+        declared_j=sum(energy.joules for _, energy in known if energy.source == "declared"),
+        unmetered_s=sum(work_s(share) for _, share in shares if share.energy is None),
+        money=by_hour + by_energy if prices.currency else None,
+        currency=prices.currency,
+    )
