@@ -6,12 +6,16 @@
 # make fuzz   a million hostile inputs for every target that reads foreign bytes (hours; quick: make fuzz ARGS='--runs 10000')
 # make docs       the pages as a site that can be read offline: dist/site/index.html
 # make package   a wheel and a Debian package into dist/; make test-install   that package on a clean Debian with systemd (root, minutes)
+# make bench-transfer   bulk over a real broker: rate, fairness, long links, one model to a hundred agents (minutes)
+# make bench-rounds   what a round costs beside its training; Flower and NVFlare for the same (half an hour; quick: make bench-rounds ARGS=--quick)
+# make bench-aggregation   the sum of 100 agents at the shape of Llama-7B: time, memory, error (ten minutes)
+# make bench-wire   bytes beside final loss for every type in which updates travel (a quarter of an hour)
 # make bench-pipeline   fedpipe beside published baselines on a virtual fleet (an hour; quick: make bench-pipeline ARGS=--quick)
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check bench-pipeline simulate fuzz chaos crashes docs clean
+.PHONY: setup demo test check bench-transfer bench-rounds bench-wire bench-aggregation bench-pipeline simulate fuzz chaos crashes docs clean
 
 setup: $(STAMP)
 
@@ -41,8 +45,20 @@ mosquitto:
 chromium:
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || scripts/apt-install chromium
 
+bench-transfer: setup mosquitto
+	$(VENV)/bin/python -m bench.transfer_live $(ARGS)
+
+bench-rounds: setup mosquitto
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m bench.rounds $(ARGS)
+
 bench-pipeline: setup
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m bench.pipeline $(ARGS)
+
+bench-aggregation: setup
+	OPENBLAS_NUM_THREADS=1 $(VENV)/bin/python -m bench.aggregation --dense $(ARGS)
+
+bench-wire: setup
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m bench.wire $(ARGS)
 
 chaos: setup mosquitto
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m chaos $(ARGS)

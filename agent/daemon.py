@@ -18,6 +18,7 @@ import msgspec
 
 from agent import child, intake, metrics, profiler, upkeep
 from agent.answers import Answers
+from agent.caps import Caps
 from agent.config import AgentConfig
 from agent.core import actions as act
 from agent.core import events as ev
@@ -27,7 +28,7 @@ from agent.host import Host
 from agent.outbox import Outbox
 from agent.probe import PROBE, uplink_seconds
 from agent.training import Training
-from agent.watch import Watch
+from agent.watch import Watch, minute_of_day
 from protocol import SOFTWARE
 from protocol.blobs import Blobs
 from protocol.bus import Bus, Connected, Disconnected, Received, Will, mqtt_bus
@@ -51,10 +52,10 @@ from protocol.messages import (
 )
 from protocol.metrics import Door as MetricsDoor
 from protocol.outgoing import Outgoing
-from protocol.sending import Uploads
+from protocol.sending import SendOffer, Uploads
 from protocol.spool import Spool
 from protocol.topics import Topics, UpLeaf
-from protocol.transfer import Receiving
+from protocol.transfer import MAX_WINDOW, Receiving
 
 COORDINATOR = "coordinator"
 PROBE_AGAIN_S = 3600.0
@@ -78,6 +79,7 @@ class Agent:
         self.uploads = Uploads()
         self.link = profiler.Link()
         self.host, self.watch = Host(config.limits), Watch(config.device)
+        self.caps = Caps(config.limits, minute_of_day())
         self.connected, self.n_connects = False, 0
         self.credentials = Credentials(self.folder / "welcomed", config.broker, config.agent)
         self.health, self.scraped = Health(), MetricsDoor(lambda: metrics.families(self))
@@ -86,12 +88,16 @@ class Agent:
         self.exchange = Exchange(
             bus=self.bus,
             spool=Spool(self.blobs, max_bytes=config.limits.max_model_bytes),
-            receiving=Receiving(),
+            receiving=Receiving(
+                max_window=MAX_WINDOW, budget_bytes=config.limits.max_inflight_bytes, pace=self.caps.down
+            ),
             clock=self.clock,
             say=lambda _peer, message: self._say("answer", message),
             chunk_topic=lambda _peer, xfer: self.topics.up_chunk(config.agent, xfer),
+            blob_topic=self.topics.blob,
             source=self.outbox.path,
             outcome=self._model_ended,
+            pace=self.caps.up,
         )
         self._inbox: asyncio.Queue[ev.Happened] = asyncio.Queue()
         self._timer = Timer(self.clock)
@@ -103,6 +109,7 @@ class Agent:
             tell=self.tell,
             moved=self._progress_due.set,
             allowed_bytes=self._allowed_bytes,
+            look=self.watch.energy,
         )
         if self.host.see(self.watch.look(None), self.clock()).level != "run":
             self._give_way()
@@ -179,8 +186,8 @@ class Agent:
                 extra = {"action": "share", "job": message.job, "round": message.round, "state": str(message.state)}
                 logger.info("share moved", extra=extra | ({"reason": message.reason} if message.reason else {}))
                 notify(STATUS=f"{message.job} round {message.round}: {message.state}")
-            case act.FetchModel(blob=blob, size=size, sha256=sha256):
-                self._fetch_model(blob, size, sha256)
+            case act.FetchModel(blob=blob, size=size, sha256=sha256, listen=listen):
+                self._fetch_model(blob, size, sha256, listen=listen)
             case act.DropModel(blob=blob):
                 self.exchange.stop_pulling(COORDINATOR, blob.xfer)
             case act.StartChild():
@@ -199,8 +206,7 @@ class Agent:
                 self._group.create_task(self.training.kill(), name="kill")
             case act.OfferUpdate(offer=offer):
                 offer = msgspec.structs.replace(offer, blob=self.exchange.offer(offer.blob))
-                for due in self.uploads.add(offer, self.clock()):
-                    self._say("offer", due.offer)
+                self._offer(self.uploads.add(offer, self.clock()))
             case act.ForgetUpdate(xfer=xfer):
                 self.uploads.done(xfer)
                 self.exchange.sending.remove(xfer)
@@ -208,12 +214,13 @@ class Agent:
 
     # ---------------------------------------------------------------------------------------------------------- model
 
-    def _fetch_model(self, blob: Blob, size: int, sha256: str) -> None:
+    def _fetch_model(self, blob: Blob, size: int, sha256: str, *, listen: bool) -> None:
         if self.blobs.has(sha256):
             self.tell(ev.ModelFetched(sha256=sha256, n_bytes=0))
             return
         self._fetching_since = self.clock()
-        self.exchange.pull(COORDINATOR, blob, size=size if size < blob.size else None, sha256=sha256)
+        prefix = size if size < blob.size else None
+        self.exchange.pull(COORDINATOR, blob, size=prefix, sha256=sha256, listen=listen)
 
     async def _model_ended(self, end: Outcome) -> None:
         match end:
@@ -241,6 +248,11 @@ class Agent:
 
     def _say(self, leaf: UpLeaf, body: Body) -> None:
         self.outgoing.say(self._topic(leaf), body)
+
+    def _offer(self, dues: list[SendOffer]) -> None:
+        """Say what is due; outside the hours of bulk nobody could be served, and the first minute within says it all."""
+        for due in dues if self.caps.is_open else []:
+            self._say("offer", due.offer)
 
     def _say_birth(self) -> None:
         self._answers.born(self.clock())
@@ -274,8 +286,8 @@ class Agent:
             self.tell(ev.NothingPlanned())
         try:
             match intake.receive(self.topics, self.config.agent, topic, payload, self.door.open):
-                case intake.Chunk(xfer, frame):
-                    self.exchange.chunk(COORDINATOR, xfer, frame)
+                case intake.Chunk(xfer, frame, heard):
+                    self.exchange.chunk(COORDINATOR, xfer, frame, heard=heard)
                 case None:
                     pass
                 case body:
@@ -292,7 +304,8 @@ class Agent:
             case Plan():
                 self.tell(ev.PlanCame(plan=body))
             case Cancel():
-                self.tell(ev.CancelCame(job=body.job, round=body.round, attempt=body.attempt, reason=body.reason))
+                key = {"job": body.job, "round": body.round, "attempt": body.attempt}
+                self.tell(ev.CancelCame(**key, reason=body.reason, keep=body.keep))  # type: ignore[arg-type]
             case Rebirth():
                 self.tell(ev.RebirthAsked())
             case CoordinatorState():
@@ -337,8 +350,7 @@ class Agent:
             logger.warning("%s", complaint, extra={"action": "unanswered"})
         if self.connected:
             self.exchange.tick()
-            for due in self.uploads.tick(now):
-                self._say("offer", due.offer)
+            self._offer(self.uploads.tick(now))
         if (at := self.core.wake_at) is not None and at <= now and self._inbox.empty():
             self.tell(ev.Tick())
 
@@ -350,7 +362,7 @@ class Agent:
                     await self._progress_due.wait()
             self._progress_due.clear()
             if self.connected:
-                self.outgoing.say(self._topic("progress"), self.training.progress, qos=0)
+                self.outgoing.say(self._topic("progress"), self.training.progress)
             await asyncio.sleep(self.config.progress_s)
 
     # ------------------------------------------------------------------------------------------------------- the host
@@ -358,7 +370,7 @@ class Agent:
     def _look_around(self) -> Report:
         """What this server can give now.  Blocks for some milliseconds."""
         verdict = self.host.verdict
-        return profiler.profile(
+        report = profiler.profile(
             self.folder,
             self.link,
             limits=self.config.limits,
@@ -366,6 +378,7 @@ class Agent:
             child=self.training.supervisor.pid,
             paused=verdict.reason if verdict.level in {"pause", "stop"} else "",
         )
+        return self.caps.applied(report)
 
     async def _allowed_bytes(self) -> int:
         free, own = await asyncio.to_thread(self.watch.memory, self.training.supervisor.pid)
@@ -375,6 +388,7 @@ class Agent:
         while True:
             await asyncio.sleep(self.config.report_s)
             await asyncio.to_thread(upkeep.tidy, self.folder, self.config.keep)
+            self._keep_hours()
             await self._report_change()
 
     async def _report_change(self) -> None:
@@ -409,7 +423,18 @@ class Agent:
         self.config = config
         self.training.renew(config)
         self.host.renew(config.limits)
+        self._keep_hours()
         self._renewed.set()
+
+    def _keep_hours(self) -> None:
+        """Let bulk flow, or wait, as its hours begin and end."""
+        if not self.caps.renew(self.config.limits, minute_of_day()):
+            return
+        text = self.caps.reason or "updates and models may move now"
+        logger.info("%s", text, extra={"action": "transfer_hours"})
+        notify(STATUS=text)
+        if self.caps.is_open:
+            self._offer(self.uploads.reset(self.clock()))
 
     def _give_way(self) -> None:
         level, reason = self.host.verdict
@@ -420,7 +445,7 @@ class Agent:
     def _measure_uplink(self) -> None:
         """At most once an hour, and only while no update has told how fast the link is."""
         is_known = self.link.up_bytes_per_s > 0 or self.config.probe_bytes == 0
-        if not is_known and self.clock() - self._probed_at >= PROBE_AGAIN_S:
+        if self.caps.is_open and not is_known and self.clock() - self._probed_at >= PROBE_AGAIN_S:
             self._probed_at = self.clock()
             self._group.create_task(self._probe(), name="probe")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Collection
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 import psutil
 import pynvml as nvml
@@ -127,6 +127,21 @@ def usage(index: int, ours: Collection[int]) -> Usage | None:
         power_w=_read(nvml.nvmlDeviceGetPowerUsage, 0, "", [], handle) / 1000,
         temperature_c=float(_read(nvml.nvmlDeviceGetTemperature, 0, "", [], handle, nvml.NVML_TEMPERATURE_GPU)),
     )
+
+
+def energy(index: int) -> tuple[Literal["joules", "watts"], float] | None:
+    """What a device spent since its driver was loaded or, where it keeps no count (before Volta), what it draws now.
+
+    None when NVML does not answer.
+    """
+    try:
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        try:
+            return "joules", nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+        except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):
+            return "watts", nvml.nvmlDeviceGetPowerUsage(handle) / 1000
+    except nvml.NVMLError:
+        return None
 
 
 def _other_ratio(handle: Any, ours: Collection[int]) -> float | None:

@@ -34,6 +34,8 @@ class Chunk(NamedTuple):
 
     xfer: str
     payload: bytes
+    heard: bool = False
+    """In a broadcast to all."""
 
 
 def receive(
@@ -50,6 +52,8 @@ def receive(
             return Chunk(xfer, payload)
         case ToAgent(agent=to, leaf=leaf) if to == agent:
             return opened(topic, payload, *EXPECTED[leaf]).b
+        case FromCoordinator(leaf="blob", name=xfer):
+            return Chunk(xfer, payload, heard=True)
         case FromCoordinator(leaf="state"):
             return opened(topic, payload, CoordinatorState).b
     return None

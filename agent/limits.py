@@ -19,6 +19,7 @@ from protocol.messages import Bits, Plan
 Positive = Annotated[int, Meta(ge=1, le=2**50)]
 Bytes = Annotated[int, Meta(ge=0, le=2**50)]
 Ratio = Annotated[float, Meta(gt=0, le=1)]
+Rate = Annotated[float, Meta(ge=0, le=10**15)]
 Hours = tuple[int, int]
 """From a minute of the day up to another; over midnight when the second is not the greater."""
 
@@ -67,6 +68,14 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """How the base may be held here."""
     hours: Annotated[list[str], Meta(max_length=24)] = []
     """When training may run, local time, as "20:00-06:00"; empty: always."""
+    up_bytes_per_s: Rate = 0.0
+    """Updates leave no faster; 0 is no such cap.  Control messages are not counted."""
+    down_bytes_per_s: Rate = 0.0
+    """Models arrive no faster; 0 is no such cap."""
+    max_inflight_bytes: Positive = 32 * MIB
+    """Of a model, asked for and not here yet: less where the broker keeps little for one client."""
+    transfer_hours: Annotated[list[str], Meta(max_length=24)] = []
+    """When updates and models may move, written as `hours`; empty: always.  Outside they wait."""
     max_power_w: Annotated[float, Meta(ge=0, le=10**5)] = 0.0
     """Training pauses when the GPU draws more; 0 is no such limit."""
     max_temperature_c: Annotated[float, Meta(ge=0, le=200)] = 90.0
@@ -74,15 +83,16 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     yield_to: YieldTo = YieldTo()
 
     def __post_init__(self) -> None:
-        for text in self.hours:
+        for text in (*self.hours, *self.transfer_hours):
             parse_hours(text)
 
     def is_open(self, minute: int) -> bool:
         """Whether training may run at this minute of the local day."""
-        return not self.hours or any(
-            start <= minute < end if start < end else minute >= start or minute < end
-            for start, end in map(parse_hours, self.hours)
-        )
+        return _within(minute, self.hours)
+
+    def may_transfer(self, minute: int) -> bool:
+        """Whether bulk may flow at this minute of the local day."""
+        return _within(minute, self.transfer_hours)
 
     def kept(self, plan: Plan) -> Plan:
         """The plan as it may be carried out here: what may not be measured is left out.
@@ -115,6 +125,13 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def cap_bytes(self, room_bytes: int) -> int:
         """The most of `room_bytes` (what the host leaves) that training may hold, the reserve not counted."""
         return min(int(room_bytes * self.memory_ratio), self.memory_bytes or room_bytes)
+
+
+def _within(minute: int, hours: list[str]) -> bool:
+    return not hours or any(
+        start <= minute < end if start < end else minute >= start or minute < end
+        for start, end in map(parse_hours, hours)
+    )
 
 
 def parse_hours(text: str) -> Hours:

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 import msgspec
 import psutil
@@ -22,6 +22,7 @@ import psutil
 from agent.gpus import gpus, usage
 from agent.limits import Limits
 from protocol.messages import Allowance, Bits, Gpu, Report
+from protocol.widths import Quantized
 
 CGROUPS: Final = Path("/sys/fs/cgroup")
 OWN_CGROUP: Final = Path("/proc/self/cgroup")
@@ -109,6 +110,7 @@ def profile(
         up_bytes_per_s=link.up_bytes_per_s if link else 0.0,
         down_bytes_per_s=link.down_bytes_per_s if link else 0.0,
         bits=allowed,
+        update_dtypes=list(get_args(Quantized)),
         allowance=_allowance(limits, training_gpu(device, devices), child, paused),
         notes=[note[:500] for note in notes[:MAX_NOTES]],
     )
@@ -116,7 +118,7 @@ def profile(
 
 def changed(old: Report, new: Report) -> bool:
     """Whether a planner could decide differently: another machine, or something free that moved by a tenth of the whole."""
-    fixed = ("driver", "n_cpus", "ram_total_bytes", "bits", "notes")
+    fixed = ("driver", "n_cpus", "ram_total_bytes", "bits", "update_dtypes", "notes")
     if any(getattr(old, name) != getattr(new, name) for name in fixed) or len(old.gpus) != len(new.gpus):
         return True
     if _allowance_changed(old.allowance, new.allowance):

@@ -23,6 +23,7 @@ from agent.config import AgentConfig
 from agent.core import actions as act
 from agent.core import events as ev
 from agent.core.work import SUSPENDED
+from agent.energy import Meter, Seen, measured
 from agent.metrics import StepClock
 from agent.outbox import Outbox
 from agent.starts import Starts
@@ -44,7 +45,7 @@ class Training:
     """The daemon's training child at work.
 
     `tell` hands facts to the core; `moved` is called whenever progress was made; `allowed_bytes`, asked when a run begins,
-    says how much memory it may hold (0: not known).
+    says how much memory it may hold (0: not known); `look` at the energy that the device has used.
     """
 
     def __init__(
@@ -56,15 +57,17 @@ class Training:
         tell: Callable[[ev.Happened], None],
         moved: Callable[[], None],
         allowed_bytes: Callable[[], Awaitable[int]],
+        look: Callable[[], Seen | None],
     ) -> None:
         self.progress, self.steps = Progress(), StepClock()
         self._config, self._blobs, self._outbox = config, blobs, outbox
-        self._tell, self._moved, self._allowed_bytes = tell, moved, allowed_bytes
+        self._tell, self._moved, self._allowed_bytes, self._look = tell, moved, allowed_bytes, look
         self._folder = Path(config.state_dir)
         self.supervisor = Supervisor(config.child, log=self._folder / "training.log")
         self._run: asyncio.Task[None] | None = None
         self._checkpoint = self._folder / "training.checkpoint"
         self._starts = Starts(self._folder / "training.starts")
+        self._meter = Meter()
         self._stop_reason = ""
         self._stopped = asyncio.Event()
         self._suspends = False
@@ -110,14 +113,19 @@ class Training:
     async def _train(self, wish: act.StartChild) -> None:
         plan = wish.plan
         self.progress = Progress(job=plan.job, round=plan.round, attempt=plan.attempt, phase="loading")
+        self._meter = Meter(self._config.power_w)
         sweep_parts(self._folder)  # of a child that was killed
         try:
-            self._tell(await self._outcome(wish))
-        except OutsideFault as error:
-            self._tell(ev.ChildFailed(reason=str(error)))
+            self._tell(msgspec.structs.replace(await self._ending(wish), energy=self._meter.energy))
         finally:
             self.progress = Progress()
             self._moved()
+
+    async def _ending(self, wish: act.StartChild) -> ev.ChildFinished | ev.ChildFailed:
+        try:
+            return await self._outcome(wish)
+        except OutsideFault as error:
+            return ev.ChildFailed(reason=str(error))
 
     async def _outcome(self, wish: act.StartChild) -> ev.ChildFinished | ev.ChildFailed:
         task, plan = await self._task(wish), wish.plan
@@ -125,7 +133,9 @@ class Training:
             if plan.purpose == "train" and (why := self._starts.begin(plan, self._kept_step(plan) or 0)):
                 self._forget()
                 return ev.ChildFailed(reason=why)
-            match await self.supervisor.run(task, self._said, self._orders):
+            async with measured(self._meter, self._look, lambda: self.progress.phase != "paused"):
+                ending = await self.supervisor.run(task, self._said, self._orders)
+            match ending:
                 case child.Finished() as finished:
                     return await self._finished(wish, finished)
                 case child.Suspended(so_far=so_far) if self._suspends:
@@ -249,6 +259,7 @@ class Training:
             peak_bytes=ending.peak_bytes,
             bytes_down=wish.bytes_down,
             stopped=ending.stopped,
+            energy=self._meter.energy,
         )
 
     async def _kept(self, file: Path, offer: Offer) -> Offer:

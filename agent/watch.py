@@ -9,9 +9,16 @@ from typing import NamedTuple
 import psutil
 
 from agent import profiler
+from agent.energy import Seen, look
 from agent.gpus import gpus, usage
 from agent.host import Sample
 from protocol.messages import Gpu
+
+
+def minute_of_day() -> int:
+    """Of the local day, from 0 to 1439."""
+    now = time.localtime()
+    return now.tm_hour * 60 + now.tm_min
 
 
 class CpuUse(NamedTuple):
@@ -31,8 +38,7 @@ class Watch:
 
     def look(self, child: int | None) -> Sample:
         """The device now; `child` is the process that trains.  Blocks for some milliseconds."""
-        now = time.localtime()
-        minute = now.tm_hour * 60 + now.tm_min
+        minute = minute_of_day()
         gpu = self._gpu()
         if gpu is None:
             return Sample(minute, False, *profiler.memory(None, child), self._other_cpu(child))
@@ -42,6 +48,11 @@ class Watch:
     def memory(self, child: int | None) -> tuple[int, int | None]:
         """Bytes that are free and that the child holds; None where the driver does not tell."""
         return profiler.memory(self._gpu(), child)
+
+    def energy(self) -> Seen | None:
+        """What the device has used, or draws.  Blocks for some milliseconds."""
+        gpu = self._gpu()
+        return look(gpu.index if gpu else None)
 
     def _gpu(self) -> Gpu | None:
         return None if self._device == "cpu" else profiler.training_gpu(self._device, gpus([])[0])

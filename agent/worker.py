@@ -25,6 +25,7 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import BinaryIO, Final
@@ -58,6 +59,8 @@ PR_SET_PDEATHSIG: Final = 1
 OOM_SCORE: Final = 800
 """Of 1000, on top of the share of memory in use: before everything that did not volunteer too."""
 EX_SOFTWARE: Final = 70
+REST_S: Final = 1.0
+"""After so long without a task memory is given back: to do so takes 20 ms, and a task that comes sooner wants it again."""
 
 
 class Mailbox:
@@ -113,9 +116,13 @@ class Mailbox:
         with contextlib.suppress(Empty):
             self._heard.get(timeout=seconds)
 
-    def next(self) -> TrainTask | None:
-        """Wait for the next task; None is the end."""
-        return self._tasks.get()
+    def next(self, rest: Callable[[], None]) -> TrainTask | None:
+        """Wait for the next task; None is the end.  `rest` is called once none has come for REST_S."""
+        try:
+            return self._tasks.get(timeout=REST_S)
+        except Empty:
+            rest()
+            return self._tasks.get()
 
 
 class Worker:
@@ -134,12 +141,13 @@ class Worker:
     def work(self) -> None:
         """Run tasks until told to end."""
         self.send(Ready(pid=os.getpid()))
-        while (task := self._mailbox.next()) is not None:
+        while (task := self._mailbox.next(release)) is not None:
             ending = self._ending(task)
             self.send(ending)
             if isinstance(ending, Suspended):
                 return
-            release()
+            if isinstance(ending, Failed):  # out of memory, perhaps
+                release()
 
     def _ending(self, task: TrainTask) -> Ending:
         try:

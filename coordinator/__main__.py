@@ -38,7 +38,7 @@ def main() -> int:
     check_job = commands.add_parser("check-job", help="check a job file")
     check_job.add_argument("job", type=Path, help="the job file")
     ca = commands.add_parser("ca", help="the fleet's certificate authority")
-    ca.add_argument("what", choices=["init", "show", "rotate-signing-key"], help="what to do")
+    ca.add_argument("what", choices=["init", "show", "rotate", "retire", "rotate-signing-key"], help="what to do")
     ca.add_argument("--config", type=Path, default=Path("/etc/fedpipe/coordinator.toml"), help="the configuration file")
     arguments = parser.parse_args()
     try:

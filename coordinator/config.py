@@ -7,12 +7,25 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from coordinator.cost import Prices
 from coordinator.trackers import TrackersConfig
 from protocol.bus import BrokerConfig
 from protocol.messages import Id
 from protocol.reloading import Live
 
-LIVE: Final = Live(("keep", "allow_methods", "max_agents", "web.token_file", "trackers", "log_level"))
+LIVE: Final = Live(
+    (
+        "keep",
+        "transfer.up_bytes_per_s",
+        "transfer.down_bytes_per_s",
+        "allow_methods",
+        "max_agents",
+        "web.token_file",
+        "trackers",
+        "prices",
+        "log_level",
+    )
+)
 """What a reload changes at once."""
 Positive = Annotated[int, Meta(ge=1, le=2**50)]
 Duration = Annotated[float, Meta(gt=0, le=10**8)]
@@ -48,12 +61,19 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Transfer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How uploads are pulled.  The budget, not the number of agents, bounds the memory of broker and coordinator."""
+    """How bulk is moved.  The budget, not the number of agents, bounds the memory of broker and coordinator."""
 
     window: Annotated[int, Meta(ge=1, le=256)] = 12
+    """Chunks in flight from one agent; on a long link more, as far as they speed it up."""
     budget_bytes: Positive = 32 * 2**20
     timeout_s: Duration = 5.0
     max_update_bytes: Positive = 16 * 2**30
+    broadcast: bool = True
+    """One copy of a model for all agents that listen; off: one for each."""
+    up_bytes_per_s: Annotated[float, Meta(ge=0, le=10**15)] = 0.0
+    """All updates together arrive no faster; 0 is no such cap."""
+    down_bytes_per_s: Annotated[float, Meta(ge=0, le=10**15)] = 0.0
+    """All models together leave no faster; 0 is no such cap."""
 
 
 class Keep(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -68,10 +88,13 @@ class Keep(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     default: an update says more about one server's data than the aggregate does."""
     replay_rounds: Annotated[int, Meta(ge=2, le=10**6)] = 20
     """Round ends, over all jobs, that the journal reaches back to."""
+    replay_bytes: Annotated[int, Meta(ge=0, le=2**60)] = 2**30
+    """Of all of these: what past rounds may take in journal.sqlite.  The two newest snapshots stay, however large."""
     max_bytes: Annotated[int, Meta(ge=0, le=2**60)] = 0
     """Size of the whole state folder, above which the oldest goes first; 0: as the counts above have it."""
     min_free_bytes: Annotated[int, Meta(ge=0, le=2**60)] = 256 * 2**20
-    """Below so much free space nothing new is taken in: the rest is for the journal and the next version."""
+    """Below so much free space nothing new is taken in: the rest is for the journal and the next version.  Below twice as much,
+    past rounds are given up."""
 
 
 class CoordinatorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -87,6 +110,7 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     transfer: Transfer = Transfer()
     keep: Keep = Keep()
     trackers: TrackersConfig = TrackersConfig()
+    prices: Prices = Prices()
     heartbeat_s: Duration = 15.0
     """An agent silent for three of these is taken for lost until it speaks again."""
     max_agents: Annotated[int, Meta(ge=1, le=10**6)] = 20_000

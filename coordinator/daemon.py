@@ -16,7 +16,6 @@ from typing import Any
 
 import msgspec
 
-from coordinator import intake
 from coordinator.activity import fleet_text
 from coordinator.audit import Audit
 from coordinator.config import CoordinatorConfig
@@ -25,8 +24,10 @@ from coordinator.core import events as ev
 from coordinator.core.fleet import encode_state
 from coordinator.core.state import ENDED
 from coordinator.disk import Disk
+from coordinator.hearing import Hearing
 from coordinator.inbox import Inbox, Posted
-from coordinator.intake import SAID_AGAIN, Chunk, Intake, Word
+from coordinator.intake import Intake
+from coordinator.lineage import exported_digest
 from coordinator.metrics import Meter
 from coordinator.presence import Presence
 from coordinator.pruning import need_of
@@ -40,15 +41,17 @@ from protocol import SOFTWARE
 from protocol.blobs import Blobs
 from protocol.bus import Bus, Connected, Disconnected, Received, Will, mqtt_bus
 from protocol.credentials import Credentials
-from protocol.daemon import Clock, OncePer, Timer, feed_watchdog, notify
-from protocol.errors import BadMessage, Unavailable
+from protocol.daemon import Clock, Timer, feed_watchdog, notify
+from protocol.errors import Unavailable
 from protocol.health import Health
-from protocol.messages import CoordinatorState, Envelope, Grant, Offer, Progress, Rebirth, Refuse
+from protocol.messages import CoordinatorState
 from protocol.outgoing import Outgoing
 from protocol.topics import Topics
 
 CLIENT_ID = "fedpipe-coordinator"
 DISK_RETRY_S = 5.0
+SNAPSHOT_EVENTS = 50_000
+"""After so many a snapshot is made although no round has ended: else the journal of an idle fleet would only grow."""
 
 logger = logging.getLogger(__name__)
 Watcher = Callable[[list[ev.Happened], list[act.Wish]], None]
@@ -68,7 +71,7 @@ class Coordinator:
         self.clock = Clock(self.store.last_at())
         self.audit = Audit(self.folder / "audit.log", self.clock)
         self.topics = Topics(config.fleet)
-        self.trust = open_trust(config)
+        self.trust = open_trust(config, self.audit)
         self.outgoing = Outgoing(self.clock, self.trust.seal if self.trust else None)
         self.work = Work(config, self.store, self.blobs, self.clock, self.disk)
         self.presence = Presence(config.heartbeat_s)
@@ -103,11 +106,10 @@ class Coordinator:
         self.upkeep.sweep()
         self.meter, self.health = Meter(), Health(self.disk.refusal)
         self._timer = Timer(self.clock)
-        self._snapshot_owed = False
+        self._snapshot_owed, self._saved_seq = False, 0
         self._slow: dict[str, asyncio.Task[None]] = {}
-        self._complaints = OncePer()
-        self._rebirths = OncePer(config.heartbeat_s, config.max_agents)
         self.intake = Intake(self.topics, config.max_agents, lambda: self.fleet.state.agents)
+        self.hearing = Hearing(self)
 
     # ------------------------------------------------------------------------------------------------------ lifecycle
 
@@ -124,7 +126,7 @@ class Coordinator:
                 "read": self._read(),
                 "publish": self.outgoing.run(self.bus),
                 "timer": self._timer.run(self._due, self._tick),
-                "silence": self._watch_silence(),
+                "silence": self.hearing.watch_silence(),
                 "disk": self.upkeep.watch(),
                 "exchange": self.exchange.run(),
                 "health": self.health.watch(),
@@ -152,10 +154,10 @@ class Coordinator:
 
     async def _consume(self) -> None:
         for owed in self._owed:
-            await self.work.record(owed.job, owed.record)
+            await self.work.write_down(owed)
         for name, job in self.fleet.state.jobs.items():
-            if job.phase in ENDED and not self._export_folder(name).exists():
-                self._spawn(f"export/{name}", self.work.export(job, self._export_folder(name)))
+            if job.phase in ENDED and exported_digest(self._export_folder(name)) != job.master:
+                self._export(name)
         self.upkeep.prune()
         for wish in self.fleet.resume(self.clock()):
             self._perform(wish)
@@ -178,8 +180,8 @@ class Coordinator:
             if done and not done.done():
                 done.set_result(None)
         for wish in wishes:
-            if isinstance(wish, act.Record):  # durable before a snapshot forgets that it was wished for
-                await self.work.record(wish.job, wish.record)
+            if isinstance(wish, act.Written):
+                await self.work.write_down(wish)
         events = [event for event, _ in batch]
         judged = [event for event in events if isinstance(event, ev.UpdateStored | ev.UpdateSpoiled)]
         for event in judged:
@@ -193,8 +195,9 @@ class Coordinator:
         if any(isinstance(wish, act.Record | act.Finish) for wish in wishes):
             await self._snapshot()
             self.upkeep.round_closed()
-        elif self._snapshot_owed:
+        elif self._snapshot_owed or self._seq >= self._saved_seq + SNAPSHOT_EVENTS:
             await self._snapshot()
+            self.upkeep.prune()
 
     async def _snapshot(self) -> None:
         try:
@@ -204,7 +207,7 @@ class Coordinator:
                 logger.error("%s", error, extra={"action": "snapshot_refused"})
             self._snapshot_owed = True
         else:
-            self._snapshot_owed = False
+            self._snapshot_owed, self._saved_seq = False, self._seq
 
     def _handle(self, seq: int, event: ev.Happened, now: float) -> list[act.Wish]:
         """What the core wishes; an event that it cannot take is poison, and the core is made anew from those before."""
@@ -225,7 +228,8 @@ class Coordinator:
         match wish:
             case act.Assign(agent=agent, plan=plan):
                 if plan.model:
-                    plan = msgspec.structs.replace(plan, model=self.traffic.serve(plan.model))
+                    model, is_broadcast = self.traffic.serve_to(agent, plan.model)
+                    plan = msgspec.structs.replace(plan, model=model, broadcast=is_broadcast)
                 self.outgoing.say(self.topics.down(agent, "plan"), plan, retain=True)
             case act.Withdraw(agent=agent, cancel=cancel):
                 self.outgoing.clear(self.topics.down(agent, "plan"))
@@ -250,7 +254,16 @@ class Coordinator:
             case act.Finish(job=job, phase=phase, reason=reason, cause=cause):
                 ended = {"action": "job_ended", "job": job, "phase": phase, "cause": cause, "reason": reason}
                 logger.info("job ended", extra=ended)
-                self._spawn(f"export/{job}", self.work.export(self.fleet.state.jobs[job], self._export_folder(job)))
+                self._export(job)
+            case act.Restore(job=job) if self.fleet.state.jobs[job].phase in ENDED:
+                self._export(job)
+
+    def _export(self, job: str) -> None:
+        self._spawn(f"export/{job}", self.work.export(self.fleet.state.jobs[job], self._export_folder(job)))
+
+    def is_folding(self, job: str) -> bool:
+        """Whether a version of this job is being made; one that has ended may still be at it."""
+        return any(name.startswith(f"fold/{job}/") for name in self._slow)
 
     def _export_folder(self, job: str) -> Path:
         return self.folder / "exports" / job
@@ -290,7 +303,7 @@ class Coordinator:
                     notify(STATUS=f"no broker: {reason}")
                     self.credentials.refused(refusal, reason)
                 case Received(topic, payload, retained):
-                    self._receive(topic, payload, retained=retained)
+                    self.hearing.receive(topic, payload, retained=retained)
 
     def _connected(self, welcome: Connected) -> None:
         self.connected, self.bus_fault = True, ""
@@ -310,67 +323,6 @@ class Coordinator:
             if not agent.task:  # what was withdrawn while there was no broker is retained there still
                 self.outgoing.clear(self.topics.down(agent.id, "plan"))
 
-    def _receive(self, topic: str, payload: bytes, *, retained: bool = False) -> None:
-        if self.trust and self.trust.bars(topic):
-            return
-        now = self.clock()
-        try:
-            match self.intake.receive(topic, payload, now):
-                case Chunk(agent, xfer, frame):
-                    self.exchange.chunk(agent, xfer, frame)
-                case Word(agent, envelope):
-                    self._hear(agent, envelope, now, retained=retained)
-        except BadMessage as error:
-            self.intake.refuse(topic, error, now)
-            if error.kind in SAID_AGAIN:
-                self._ask_for_birth(topic.split("/")[4], now)
-
-    def _hear(self, agent: str, envelope: Envelope, now: float, *, retained: bool) -> None:
-        match envelope.b:
-            case Progress() as progress:
-                self._heartbeat(agent, envelope.ses, progress, now)
-                return
-            case Grant() as grant:
-                self.exchange.granted(agent, grant)
-                return
-            case Refuse(xfer=xfer, reason=reason):
-                self.traffic.withdrawn(agent, xfer, reason)
-                return
-            case Offer(blob=blob) if self.traffic.is_fetching(agent, blob):
-                return  # being pulled already; the journal need not hear of every repetition
-            case Offer(blob=blob) if self.disk.reason:
-                self.traffic.postpone(agent, blob.xfer, self.disk.reason)
-                return
-        event = intake.to_event(agent, envelope)
-        if isinstance(event, ev.AgentLeft):
-            self.presence.left(agent)
-            if agent not in self.fleet.state.agents:
-                return  # of one that nobody knows: nothing is worth remembering
-        else:
-            self.presence.heard(agent, now)
-        if isinstance(event, ev.AgentJoined):
-            self.exchange.peer_reborn(agent)
-            if (
-                not retained
-                and self.presence.is_twin(agent, event.session)
-                and self._complaints(f"twins {agent}", now) is not None
-            ):
-                text = "two processes speak as agent %s in turn, and throw each other off the broker: give each its own `agent`"
-                logger.error(text, agent, extra={"action": "twins", "agent": agent})
-        if event is not None:
-            self.tell(event)
-
-    def _heartbeat(self, agent: str, session: str, progress: Progress, now: float) -> None:
-        known = self.fleet.state.agents.get(agent)
-        if known is not None:
-            self.presence.heard(agent, now, progress)
-        if known is None or not known.online or known.session != session:
-            self._ask_for_birth(agent, now)
-
-    def _ask_for_birth(self, agent: str, now: float) -> None:
-        if self._rebirths(agent, now) is not None:
-            self.outgoing.say(self.topics.down(agent, "cmd"), Rebirth())
-
     # ----------------------------------------------------------------------------------------------------------- time
 
     def _due(self) -> list[float | None]:
@@ -384,20 +336,6 @@ class Coordinator:
             self.exchange.tick()
         if (at := self.fleet.wake_at) is not None and at <= now and not self.health.is_busy and self.inbox.empty():
             self.tell(ev.Tick())
-
-    async def _watch_silence(self) -> None:
-        while True:
-            await asyncio.sleep(self.config.heartbeat_s)
-            if not self.connected:
-                continue  # nobody can be heard; the silence is ours
-            for agent in self.intake.gate.calm(self.clock()):
-                self._ask_for_birth(agent, self.clock())
-            self.intake.gate.tidy(self.clock())
-            for agent in self.presence.silent(self.clock()):
-                self.presence.left(agent)
-                known = self.fleet.state.agents.get(agent)
-                if known and known.online:
-                    self.tell(ev.AgentLeft(agent=agent, session=known.session, reason="silent: no heartbeat"))
 
     # -------------------------------------------------------------------------------------------------------- the web
 

@@ -49,7 +49,8 @@ class Disk:
         self._low = ""
         self.state = DiskState.OK
         self.reason = ""
-        self.deficit_bytes = 0
+        self.deficit_bytes = self.tight_bytes = 0
+        """What lacks to the space that is to stay free, and to twice that."""
 
     def renew(self, min_free_bytes: int) -> None:
         """Another limit, from the next look on."""
@@ -74,6 +75,7 @@ class Disk:
         places = [place for place in (self._folder, self._folder / "blobs") if place.is_dir()]
         free_bytes = min((shutil.disk_usage(place).free for place in places), default=0)
         self.deficit_bytes = max(0, self._min_free_bytes - free_bytes)
+        self.tight_bytes = max(0, 2 * self._min_free_bytes - free_bytes)
         self._low = ""
         if self.deficit_bytes:
             self._low = (

@@ -16,7 +16,7 @@ import msgspec
 
 from coordinator.core import actions as act
 from coordinator.core import events as ev
-from coordinator.core.state import FleetState, RoundRecord
+from coordinator.core.state import ENDED, FleetState, RoundRecord
 from protocol.messages import Progress
 
 if TYPE_CHECKING:
@@ -106,6 +106,9 @@ def news(events: Iterable[ev.Happened], wishes: Iterable[act.Wish], state: Fleet
                 found.append(AgentMoved(at=now, agent=agent, online=True))
             case ev.AgentLeft(agent=agent, reason=reason):
                 found.append(AgentMoved(at=now, agent=agent, online=False, reason=reason))
+            case ev.AgentRevoked(agent=agent):
+                found.append(AgentMoved(at=now, agent=agent, online=False, reason=state.agents[agent].reason))
+                touched |= dict.fromkeys((name, agent) for name, job in state.jobs.items() if job.phase not in ENDED)
             case ev.ShareMoved(agent=agent, job=job):
                 touched[job, agent] = None
             case ev.UpdateOffered() | ev.UpdateStored() | ev.UpdateSpoiled():

@@ -26,6 +26,18 @@ def duration_text(seconds: float) -> str:
     return f"{hour}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
+def energy_text(joules: float) -> str:
+    """Joules in watt hours with two digits at least: 0.42 Wh, 35 Wh, 1.2 kWh; nothing for none."""
+    hours = joules / 3600
+    if hours < 0.005:
+        return ""
+    if hours < 0.95:
+        return f"{hours:.2f} Wh"
+    power = min(2, int(math.log10(hours) + 0.0003) // 3) if hours >= 1 else 0
+    value = hours / 1000**power
+    return f"{value:.{1 if value < 9.95 else 0}f} {('', 'k', 'M')[power]}Wh"
+
+
 def loss_text(loss: float | None) -> str:
     """A loss with three decimals; a dash where there is none."""
     return "–" if loss is None or not math.isfinite(loss) else f"{loss:.3f}"

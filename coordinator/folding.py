@@ -17,7 +17,7 @@ from protocol.adapters import Adapter
 from protocol.blobs import Blobs
 from protocol.errors import BadUpdate
 from protocol.messages import Blob, Wire
-from protocol.models import read_model, write_model
+from protocol.models import StoredModel, read_model, write_model
 from protocol.updates import open_update
 
 MAX_MODEL_BYTES = 2**40
@@ -48,7 +48,7 @@ def fold(action: act.Aggregate, blobs: Blobs, chunk_bytes: int, allowed: Collect
         )
         for c in action.contributions
     ]
-    model = load_model(blobs, action.master)
+    model = StoredModel(blobs.path(action.master), max_bytes=MAX_MODEL_BYTES) if action.master else {}
     aggregator = aggregators.load(method.aggregator, allowed)
     result = aggregator.aggregate(model, updates, max_rank=action.max_rank, server_lr=action.server_lr)
     master = _store(blobs, result.adapter, action.version, "fp32", chunk_bytes)

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -18,7 +18,7 @@ STOP_S: Final = 2
 class Server(uvicorn.Server):
     """One listener.  `certificate` is a file with key and certificate; without one it speaks plain HTTP."""
 
-    def __init__(self, app: ASGIApp, certificate: Path | None = None, **settings: int) -> None:
+    def __init__(self, app: ASGIApp, certificate: Path | None = None, **settings: Any) -> None:
         self._certificate = certificate
         super().__init__(
             uvicorn.Config(
@@ -31,7 +31,7 @@ class Server(uvicorn.Server):
                 ws="none",
                 timeout_graceful_shutdown=STOP_S,
                 ssl_certfile=certificate,
-                **settings,  # type: ignore[arg-type]  # numbers only
+                **settings,
             )
         )
 

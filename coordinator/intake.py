@@ -134,6 +134,7 @@ def to_event(agent: str, envelope: Envelope) -> ev.Happened | None:
                 surveyed=moved.surveyed,
                 calibrated=moved.calibrated,
                 evaluated=moved.evaluated,
+                energy=moved.energy,
             )
         case Offer() as offer:
             return ev.UpdateOffered(agent=agent, offer=offer)

@@ -42,6 +42,8 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     license: str = "unknown"
     software: str = ""
     rounds: list[RoundEntry] = []
+    rollbacks: list[str] = []
+    """Which versions on the way here are earlier ones once more, and who said so."""
 
     def readme(self, title: str, usage: str, library: str) -> str:
         """The model card in Markdown, with the metadata block that model hubs read."""
@@ -55,6 +57,7 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
             "Job and method": f"`{_plain(self.job)}`, {_plain(self.method)}",
             "Agents": _plain(", ".join(agents)),
             "Samples processed": str(sum(entry.samples for entry in self.rounds)),
+            "Rolled back": _plain("; ".join(self.rollbacks)),
             "Adapter": f"sha256 `{self.adapter_sha256}`",
             "Made by": _plain(self.software),
         }
@@ -94,6 +97,14 @@ def export_folder(folder: Path, card: Card) -> Iterator[Path]:
         _replace(folder, part)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def exported_digest(folder: Path) -> str:
+    """Digest of the adapter that an export holds; empty when there is none."""
+    try:
+        return msgspec.json.decode((folder / LINEAGE_FILE).read_bytes(), type=Card).adapter_sha256
+    except (OSError, msgspec.MsgspecError):
+        return ""
 
 
 def _may_replace(folder: Path) -> bool:

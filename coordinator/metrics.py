@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from coordinator.core import actions as act
 from coordinator.core import events as ev
 from coordinator.core.state import ENDED, AgentState, Cause, FleetState, JobState, Phase, RoundRecord
+from coordinator.cost import work_s, worked
 from coordinator.disk import DiskState
 from protocol import SOFTWARE, keys
 from protocol.errors import OutsideFault
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 ROUND_BOUNDS_S: Final = (10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0, 1800.0, 3600.0, 7200.0, 14_400.0)
 MAX_JOBS: Final = 100
 """Whose last losses are told: of a job that has ended they stay as they were, until so many came after it."""
-OUTCOMES: Final = frozenset({"aggregated", *map(str, ENDED), *map(str, Cause)})
+OUTCOMES: Final = frozenset({"aggregated", "paused", "rolled_back", *map(str, ENDED), *map(str, Cause)})
 AGENT_STATES: Final = ("idle", "working", "paused", "offline")
 
 
@@ -44,6 +45,8 @@ class Meter:
         self.shares: Counter[tuple[str, ...]] = Counter()
         self.updates: Counter[tuple[str, ...]] = Counter({(o,): 0 for o in ("accepted", "late", "declined")})
         self.ended: Counter[tuple[str, ...]] = Counter({(str(phase),): 0 for phase in sorted(ENDED)})
+        self.energy_j: dict[tuple[str, ...], float] = {("measured",): 0.0, ("declared",): 0.0}
+        self.work_s: dict[tuple[str, ...], float] = {(known,): 0.0 for known in ("measured", "declared", "unknown")}
         self.round_s: dict[tuple[str, ...], Histogram] = {}
         self.losses: dict[str, dict[str, float]] = {}
 
@@ -68,6 +71,10 @@ class Meter:
         self.round_s.setdefault((record.purpose,), Histogram(*ROUND_BOUNDS_S)).observe(record.wall_s)
         for share in record.shares.values():
             self.shares[record.purpose, share.state.lower()] += 1
+        for share in worked(record):
+            self.work_s[share.energy.source if share.energy else "unknown",] += work_s(share)
+            if share.energy:
+                self.energy_j[share.energy.source,] += share.energy.joules
         if job not in self.losses and len(self.losses) >= MAX_JOBS:
             del self.losses[next(iter(self.losses))]
         losses = self.losses.setdefault(job, {})
@@ -137,6 +144,10 @@ def _of_jobs(state: FleetState, meter: Meter) -> Iterator[Metric]:
     yield counter(
         "fedpipe_shares_total", "Shares of ended rounds, by how they ended.", meter.shares, "purpose", "state"
     )
+    text = "Energy of devices that trained, of ended rounds, by how it is known."
+    yield counter("fedpipe_energy_joules_total", text, meter.energy_j, "source")
+    text = "Time that agents were at work on shares of ended rounds, by how their energy is known."
+    yield counter("fedpipe_work_seconds_total", text, meter.work_s, "energy")
     yield counter("fedpipe_updates_total", "Updates by what became of them.", meter.updates, "outcome")
 
 
@@ -180,7 +191,10 @@ def _of_trust(coordinator: Coordinator) -> Iterator[Metric]:
     trust, ends = coordinator.trust, {}
     if trust is None:
         return
-    ends["authority",] = trust.office.authority.certificate.not_valid_after_utc.timestamp()
+    authority = trust.office.authority
+    ends["authority",] = authority.ends_at
+    if authority.predecessor:
+        ends["predecessor",] = authority.predecessor.not_valid_after_utc.timestamp()
     for name in ("coordinator", "https"):
         with suppress(OutsideFault):
             place = trust.folder / f"{name}.pem"

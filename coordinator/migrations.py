@@ -2,6 +2,7 @@
 
     0 -> 1   journal, one snapshot, rounds, versions
     1 -> 2   many snapshots, checksums, and for each version what it was made of and whether its files are still kept
+    2 -> 3   snapshots as lists of pieces that they share, and the details of ended jobs beside the state
 
 The number is in the file (`user_version`).  It counts whatever an older program could not read any more: tables, and kinds of
 events or shapes of the state in them.  A new file walks all steps; an old one is copied beside itself first, by SQLite's own
@@ -44,6 +45,13 @@ STEPS: Final[tuple[tuple[str, ...], ...]] = (
         "DROP TABLE snapshot",
         "ALTER TABLE versions ADD COLUMN updates BLOB NOT NULL DEFAULT x'90'",
         "ALTER TABLE versions ADD COLUMN kept INTEGER NOT NULL DEFAULT 1",
+    ),
+    (
+        """CREATE TABLE pieces (
+             id INTEGER PRIMARY KEY, half INTEGER NOT NULL, sha256 BLOB NOT NULL, body BLOB NOT NULL, UNIQUE (half, sha256))""",
+        "ALTER TABLE snapshots ADD COLUMN half INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE snapshots ADD COLUMN pieces BLOB NOT NULL DEFAULT x''",
+        "CREATE TABLE ended (job TEXT PRIMARY KEY, crc INTEGER NOT NULL, detail BLOB NOT NULL)",
     ),
 )
 NEWEST: Final = len(STEPS)

@@ -13,9 +13,12 @@ from typing import Any, Final, NamedTuple, get_args
 import msgspec
 from starlette.routing import Route
 
+from coordinator.commands import PauseAsked, RollbackAsked
 from coordinator.feed import AnyNews
 from coordinator.plan_views import PlanView
-from coordinator.views import AgentView, FleetView, JobShort, JobView, VersionView
+from coordinator.trust.desk import EnrolmentView, Reason, TokenAsked, TokenMade
+from coordinator.versions import VersionView
+from coordinator.views import AgentView, FleetView, JobShort, JobView
 
 Json = dict[str, Any]
 
@@ -61,18 +64,41 @@ class Operation(NamedTuple):
     parameters: tuple[tuple[str, Json, str], ...] = ()
     errors: Mapping[int, str] = {}
     takes: str = ""
+    """The kind of text in its body."""
+    asks: Any = None
+    """The Struct in its body, as JSON."""
     is_open: bool = False
 
 
+PLACES: Final = {"name": "Which job.", "agent": "Which agent."}
 NO_JOB: Final = "There is no such job."
+NO_AUTHORITY: Final = "This coordinator has no authority."
+NO_BODY: Final = "The body is not what is described here."
 SKIP: Final = ("skip", {"type": "integer", "minimum": 0, "default": 0}, "Leave out so many of the first ended rounds.")
+BRIEF: Final = (
+    "brief",
+    {"type": "integer", "enum": [0, 1], "default": 0},
+    "1 leaves out of agents' reports what their servers have.",
+)
 VERSION: Final = ("version", {"type": "integer", "minimum": 0}, "Which version; without it the newest.")
 
 OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ("GET", "/v1/health"): Operation("health", "Whether the process answers.", Health, is_open=True),
     ("GET", "/v1/openapi.json"): Operation("openapi", "This description.", Json),
-    ("GET", "/v1/fleet"): Operation("fleet", "Broker, agents, jobs and counts at a glance.", FleetView),
-    ("GET", "/v1/agents"): Operation("agents", "All agents that were ever seen, by name.", list[AgentView]),
+    ("GET", "/v1/fleet"): Operation(
+        "fleet",
+        "Broker, agents, jobs and counts at a glance.",
+        FleetView,
+        parameters=(BRIEF,),
+        errors={400: "`brief` is not a number."},
+    ),
+    ("GET", "/v1/agents"): Operation(
+        "agents",
+        "All agents that were ever seen, by name.",
+        list[AgentView],
+        parameters=(BRIEF,),
+        errors={400: "`brief` is not a number."},
+    ),
     ("GET", "/v1/events"): Operation(
         "events",
         "What changes, as it changes, until the reader goes or the coordinator stops.",
@@ -110,6 +136,30 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         JobShort,
         errors={404: NO_JOB, 409: "The job has ended already."},
     ),
+    ("POST", "/v1/jobs/{name}/pause"): Operation(
+        "pause",
+        "Begin no further round of a job; with `now`, stop the one under way. Pausing again changes neither who nor why.",
+        JobShort,
+        asks=PauseAsked,
+        errors={400: NO_BODY, 404: NO_JOB, 409: "The job has ended already."},
+    ),
+    ("POST", "/v1/jobs/{name}/resume"): Operation(
+        "resume",
+        "Let a paused job go on where it was.",
+        JobShort,
+        errors={404: NO_JOB, 409: "The job is not paused."},
+    ),
+    ("POST", "/v1/jobs/{name}/rollback"): Operation(
+        "rollback",
+        "Make a new version of an earlier one's content: the job goes on from it, an ended one hands it out.",
+        JobShort,
+        asks=RollbackAsked,
+        errors={
+            400: NO_BODY,
+            404: "There is no such job, or no such version any more; the text says which there are.",
+            409: "A version is just being made; try again in a moment.",
+        },
+    ),
     ("GET", "/v1/jobs/{name}/versions"): Operation(
         "versions",
         "A job's versions with their held-out loss, oldest first.",
@@ -129,11 +179,44 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         parameters=(VERSION,),
         errors={400: "`version` is not a number.", 404: "There is no such job, or no such version."},
     ),
+    ("POST", "/v1/tokens"): Operation(
+        "token",
+        "Make a join token; it is told this once.",
+        TokenMade,
+        status=201,
+        asks=TokenAsked,
+        errors={400: NO_BODY, 409: NO_AUTHORITY, 422: "There cannot be such a token; the text says why."},
+    ),
+    ("GET", "/v1/enrolments"): Operation(
+        "enrolments",
+        "Who asked to be an agent, and what became of it, by name.",
+        list[EnrolmentView],
+        errors={409: NO_AUTHORITY},
+    ),
+    **{
+        ("POST", f"/v1/enrolments/{{agent}}/{what}"): Operation(
+            what,
+            text,
+            EnrolmentView,
+            asks=Reason,
+            errors={
+                400: NO_BODY,
+                404: "Nobody of this name has asked.",
+                409: f"{NO_AUTHORITY} Or it is where this cannot be done.",
+            },
+        )
+        for what, text in {
+            "accept": "Let a server in that has asked.",
+            "reject": "Send a server away that has asked.",
+            "revoke": "Take an agent's certificates back: it is out at once.",
+        }.items()
+    },
 }
 
 ALWAYS: Final = {
     401: "A bearer token is needed, and this request has none or a wrong one.",
-    403: "Without a token in the coordinator's configuration only this machine is answered, and no page of another site.",
+    403: "Without a token in the coordinator's configuration only this machine is answered, and no page of another site; who is an "
+    "agent is asked and decided over TLS, or on this machine.",
     500: "A fault of the coordinator's own; its log says more.",
     503: "The coordinator cannot do this now (its disk refuses, a file is gone); try again.",
 }
@@ -145,6 +228,7 @@ def document(routes: Iterable[Route], software: str) -> Json:
     if odd := served ^ OPERATIONS.keys():
         raise KeyError(f"in the routes or in OPERATIONS, but not in both: {sorted(odd)}")
     kinds = [op.answer for op in OPERATIONS.values() if not isinstance(op.answer, Stream) and op.answer is not Json]
+    kinds += [op.asks for op in OPERATIONS.values() if op.asks]
     schemas, components = msgspec.json.schema_components([*kinds, Fault, *get_args(AnyNews)], ref_template=REF)
     answers = dict(zip(map(str, kinds), schemas, strict=False))
     paths: dict[str, Json] = {}
@@ -181,12 +265,15 @@ def _operation(path: str, operation: Operation, answers: Mapping[str, Json]) -> 
             **{str(status): {"$ref": f"#/components/responses/{status}"} for status in always},
         },
     }
-    given = [_parameter(name, "path", {"type": "string"}, "Which job.") for name in re.findall(r"{(\w+)}", path)]
+    given = [_parameter(name, "path", {"type": "string"}, PLACES[name]) for name in re.findall(r"{(\w+)}", path)]
     given += [_parameter(name, "query", schema, text) for name, schema, text in operation.parameters]
     if given:
         told["parameters"] = given
     if operation.takes:
         told["requestBody"] = {"required": True, "content": {operation.takes: {"schema": {"type": "string"}}}}
+    if operation.asks:
+        content = {"application/json": {"schema": answers[str(operation.asks)]}}
+        told["requestBody"] = {"required": True, "content": content}
     if operation.is_open:
         told["security"] = []
     return told

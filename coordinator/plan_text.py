@@ -17,6 +17,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from coordinator.core.choice import Choice
 from coordinator.figures import duration_text, error_text, plain, share_text, size_text, step_text
 from coordinator.heatmap import Cell, Grid, Place, cells, grid, level, rank_text
 from coordinator.plan_views import AgentPlan, PastShare, PlanView
@@ -82,10 +83,14 @@ def _choices(view: PlanView) -> Table:
             f"{len(choice.ranks)}/{len(view.matrices)}",
             str(sum(choice.ranks.values())),
             share_text(choice.importance or None),
-            size_text(choice.predicted.up_bytes if choice.predicted else 0),
+            " ".join(filter(None, (_up_text(choice), choice.update_dtype))),
             Text(plain(choice.limit) or "–"),
         )
     return table
+
+
+def _up_text(choice: Choice) -> str:
+    return size_text(choice.predicted.up_bytes) if choice.predicted else ""
 
 
 def _alike(view: PlanView) -> list[tuple[str, AgentPlan]]:

@@ -1,9 +1,10 @@
 """What may go: versions, updates and old journal beyond what is kept; never anything that is needed to go on.
 
 First by count, as [keep] says: the newest versions of each job and its best by held-out loss, the updates of the last rounds,
-the journal back to the last round ends.  Then by size: while all that is left is more than the folder may have, the oldest
-piece goes, the best versions last.  Needed, whatever the size: what the core refers to (coordinator/recovery.py), the newest
-version of every job, whatever the core has not yet heard of, and the two newest snapshots with the journal behind them.
+the journal back to the last round ends, as far as `keep.replay_bytes` and the disk allow.  Then by size: while all that is
+left is more than the folder may have, the oldest piece goes, the best versions last.  Needed, whatever the size: what the core
+refers to (coordinator/recovery.py), the newest version of every job, whatever the core has not yet heard of, and the two newest
+snapshots with the journal behind them.
 
 `choose` decides over values; `prune` carries it out.  It forgets in the database first and deletes files afterwards: a crash
 in between leaves files that nothing refers to, and those are swept at the next start.
@@ -12,18 +13,21 @@ in between leaves files that nothing refers to, and those are swept at the next 
 from __future__ import annotations
 
 import logging
+import os
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from coordinator.config import Keep
 from coordinator.core.state import ENDED, FleetState
-from coordinator.exporting import held_out_loss
 from coordinator.recovery import references
 from coordinator.store import Frame, Store, Version
+from coordinator.versions import held_out_loss
 from protocol.blobs import Blobs
 
 MIN_FRAMES: Final = 2
@@ -91,18 +95,23 @@ def _files(version: Version) -> set[str]:
     return {version.master, version.model.sha256}
 
 
-def choose(there: Inventory, keep: Keep, need: Need, max_bytes: int) -> Cut:
-    """What goes so that the counts hold and, as far as that is possible, the total is at most `max_bytes`.  Pure."""
+def choose(there: Inventory, keep: Keep, need: Need, max_bytes: int, history_bytes: int | None = None) -> Cut:
+    """What goes so that the counts hold and, as far as that is possible, the total is at most `max_bytes`.  Pure.
+
+    `history_bytes`: what snapshots and journal may have, where it is less than [keep] allows.
+    """
+    allowed_bytes = keep.replay_bytes if history_bytes is None else min(keep.replay_bytes, history_bytes)
     may_go = {v.job: need.settled.get(v.job, 0) for v in there.versions}
     newest = {v.job: v.version for v in there.versions}  # they are in order
     loose = {(v.job, v.version) for v in there.versions if v.version <= may_go[v.job]}
     pinned = {key for v in there.versions if (key := (v.job, v.version)) not in loose or newest[v.job] == v.version}
     pinned |= {(v.job, v.version) for v in there.versions if _files(v) & need.digests}
-    cut = _by_count(there, keep, need, loose, pinned)
+    versions, updates = _by_count(there, keep, need, loose, pinned)
+    cut = Cut(versions, updates | versions, _oldest_kept(there.frames, keep.replay_rounds, allowed_bytes))
     return _by_size(there, need, cut, loose, pinned, max_bytes)
 
 
-def _by_count(there: Inventory, keep: Keep, need: Need, loose: set[Key], pinned: set[Key]) -> Cut:
+def _by_count(there: Inventory, keep: Keep, need: Need, loose: set[Key], pinned: set[Key]) -> tuple[set[Key], set[Key]]:
     versions: set[Key] = set()
     updates: set[Key] = set()
     for job in {v.job for v in there.versions}:
@@ -110,9 +119,14 @@ def _by_count(there: Inventory, keep: Keep, need: Need, loose: set[Key], pinned:
         n_kept = keep.versions if job in need.running else keep.ended_versions
         versions |= {k for k in mine[:-n_kept] if k not in pinned and there.best.get(job) != k[1]}
         updates |= {k for k in mine[: len(mine) - keep.update_rounds] if k in loose}
-    n_gone = max(0, len(there.frames) - max(MIN_FRAMES, keep.replay_rounds))
-    before_seq = there.frames[n_gone].seq if n_gone else 0
-    return Cut(versions, updates | versions, before_seq)
+    return versions, updates
+
+
+def _oldest_kept(frames: list[Frame], n_kept: int, max_bytes: int) -> int:
+    """The place of the oldest snapshot that may stay; 0 where all may."""
+    sums = list(accumulate(frame.n_bytes for frame in reversed(frames)))
+    n_stay = max(MIN_FRAMES, min(n_kept, bisect_right(sums, max_bytes)))
+    return frames[-n_stay].seq if n_stay < len(frames) else 0
 
 
 def _by_size(there: Inventory, need: Need, cut: Cut, loose: set[Key], pinned: set[Key], max_bytes: int) -> Cut:
@@ -171,14 +185,16 @@ def _pieces(
 # ---------------------------------------------------------------------------------------------------------------- prune
 
 
-def prune(store: Store, blobs: Blobs, keep: Keep, need: Need, deficit_bytes: int = 0) -> Pruned:
+def prune(store: Store, blobs: Blobs, keep: Keep, need: Need, deficit_bytes: int = 0, tight_bytes: int = 0) -> Pruned:
     """Choose and delete.  With `deficit_bytes` so much more goes than the counts ask for, if there is so much.  Blocking.
 
-    Raises Unavailable or OSError when the disk refuses; what was not deleted is deleted the next time.
+    With `tight_bytes` so much of snapshots and journal goes, as far as nobody needs it to go on.  Raises Unavailable or
+    OSError when the disk refuses; what was not deleted is deleted the next time.
     """
     there = take_inventory(store, blobs)
     max_bytes = keep.max_bytes or there.total_bytes
-    cut = choose(there, keep, need, min(max_bytes, there.total_bytes - deficit_bytes))
+    history_bytes = sum(frame.n_bytes for frame in there.frames) - tight_bytes
+    cut = choose(there, keep, need, min(max_bytes, there.total_bytes - deficit_bytes), history_bytes)
     n_events = 0
     n_update_files = len({c.sha256 for v in there.versions if (v.job, v.version) in cut.updates for c in v.updates})
     if cut.versions or n_update_files or cut.before_seq:
@@ -187,8 +203,7 @@ def prune(store: Store, blobs: Blobs, keep: Keep, need: Need, deficit_bytes: int
     former = {d for v in there.versions for d in _files(v) | {c.sha256 for c in v.updates}}
     n_files, n_bytes = delete(blobs, (former & there.sizes.keys()) - used)
     more_files, more_bytes = sweep(blobs, used | former, ORPHAN_AGE_S)
-    if n_events:
-        store.shrink()
+    store.shrink()  # also what the last time found no room to be moved
     n_bytes += more_bytes
     return Pruned(len(cut.versions), n_update_files, n_events, n_files + more_files, n_bytes)
 
@@ -198,7 +213,9 @@ def take_inventory(store: Store, blobs: Blobs) -> Inventory:
     versions = [v for v in store.versions() if v.kept]
     sizes = {sha256: size for sha256 in blobs if (size := _size(blobs.path(sha256))) is not None}
     frames = store.frames()
-    total = sum(size for path in blobs.folder.parent.rglob("*") if (size := _size(path)) is not None)
+    # os.walk, because folders may vanish meanwhile: exports are renamed into place
+    everything = (Path(folder, name) for folder, _, names in os.walk(blobs.folder.parent) for name in names)
+    total = sum(size for path in everything if (size := _size(path)) is not None)
     best = {job: best for job in {v.job for v in versions} if (best := _best(store, job, versions)) is not None}
     other = total - sum(f.n_bytes for f in frames) - sum(sizes.values())
     return Inventory(versions, sizes, best, frames, max(0, other))

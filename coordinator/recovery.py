@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 class Recovered(NamedTuple):
-    """The core after row `seq`; `owed` are records that may not have been written before a crash."""
+    """The core after row `seq`; `owed` is what may not have been written down before a crash."""
 
     fleet: Fleet
     seq: int
-    owed: list[act.Record]
+    owed: list[act.Written]
 
 
 def recover(store: Store, before: int = 2**62) -> Recovered:
@@ -35,7 +35,7 @@ def recover(store: Store, before: int = 2**62) -> Recovered:
     """
     while True:
         seq, fleet = _start(store, before)
-        owed: list[act.Record] = []
+        owed: list[act.Written] = []
         for entry in store.replay(seq, before):
             try:
                 wishes = fleet.handle(entry.event, entry.at)
@@ -43,7 +43,7 @@ def recover(store: Store, before: int = 2**62) -> Recovered:
                 logger.exception("a journal row is poison", extra={"action": "poison", "seq": entry.seq})
                 store.poison(entry.seq)
                 break
-            owed += [wish for wish in wishes if isinstance(wish, act.Record)]
+            owed += [wish for wish in wishes if isinstance(wish, act.Written)]
             seq = entry.seq
         else:
             return Recovered(fleet, seq, owed)

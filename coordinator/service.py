@@ -12,6 +12,7 @@ from coordinator.daemon import Coordinator
 from coordinator.submission import watch_folder
 from coordinator.trackers import Trackers
 from protocol.reloading import Reloading
+from protocol.sole import hold
 
 
 def renew(coordinator: Coordinator, trackers: Trackers, config: CoordinatorConfig) -> None:
@@ -21,7 +22,7 @@ def renew(coordinator: Coordinator, trackers: Trackers, config: CoordinatorConfi
     coordinator.token, coordinator.config = token, config
     coordinator.work.renew(config)
     coordinator.disk.renew(config.keep.min_free_bytes)
-    coordinator.traffic.exchange.renew(reserve_bytes=config.keep.min_free_bytes)
+    coordinator.traffic.renew(config)
     coordinator.upkeep.renew(config.keep)
     coordinator.intake.gate.renew(config.max_agents)
 
@@ -31,8 +32,9 @@ async def serve(config: CoordinatorConfig, stop: asyncio.Event, path: Path | Non
     from coordinator.trust.desk import serve_desk
     from coordinator.web import serve_api
 
+    hold(Path(config.state_dir), "coordinator")
     coordinator = Coordinator(config)
-    trackers = Trackers(config.trackers, config.fleet)
+    trackers = Trackers(config.trackers, config.fleet, coordinator.folder)
     coordinator.watchers.add(trackers.happened)
     if path:
 

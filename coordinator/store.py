@@ -2,8 +2,8 @@
 
     append(events)  one commit (WAL, synchronous=FULL) for everything that waited: only then is anything acknowledged
     snapshots       the core's whole state at places of the journal; a restart loads the newest and replays what came after,
-                    and the earlier ones let past rounds be replayed (coordinator/replay.py)
-    rounds, versions  what people ask for later, written by idempotent actions
+                    and the earlier ones let past rounds be replayed (coordinator/replay.py); see coordinator/pieces.py
+    rounds, versions, ended jobs   what people ask for later, written by idempotent actions
 
 Measured on a common disk: one commit takes about 4 ms whatever it holds, so events are committed in groups.
 Events and snapshots carry a crc32c, because SQLite does not notice a bit that the disk turned inside a row.  A row that makes
@@ -18,6 +18,7 @@ import shutil
 import sqlite3
 import struct
 import threading
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,10 +27,11 @@ from typing import Any, Final, NamedTuple
 import google_crc32c
 import msgspec
 
-from coordinator import wal
+from coordinator import pieces
 from coordinator.core.events import Happened
-from coordinator.core.state import Contribution, RoundRecord
-from coordinator.migrations import NEWEST, drop_copies, found_version, upgrade
+from coordinator.core.state import Contribution, JobDetail, RoundRecord
+from coordinator.migrations import NEWEST, drop_copies
+from coordinator.opening import DAMAGED, is_alone, open_database
 from protocol import SOFTWARE
 from protocol.errors import BadConfig, Unavailable
 from protocol.messages import Blob
@@ -37,10 +39,12 @@ from protocol.messages import Blob
 SCHEMA_VERSION: Final = NEWEST
 ROW_BYTES: Final = 40
 """About what a row costs beside its body."""
-_VACUUM_PAGES: Final = 2000
+_VACUUM_PAGES: Final = 256
+"""Given back at a time: what is moved for it needs room in the log, and there may be hardly any."""
+_INDEX_BYTES: Final = 2**20
+"""More than the index has that readers share."""
 _PAGE_ROWS: Final = 1000
 _BUSY_MS: Final = 5000
-_RESTORE = "restore it from a copy, or move the whole folder away to start afresh"
 
 
 class Version(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +96,7 @@ _event = msgspec.msgpack.Decoder(Happened).decode
 _record = msgspec.msgpack.Decoder(RoundRecord).decode
 _blob = msgspec.msgpack.Decoder(Blob).decode
 _updates = msgspec.msgpack.Decoder(list[Contribution]).decode
+_detail = msgspec.msgpack.Decoder(JobDetail).decode
 
 
 def _crc(number: float, body: bytes) -> int:
@@ -110,54 +115,8 @@ class Store:
         self.path = str(path)
         self._lock = threading.Lock()
         self._poison: set[int] = set()
-        self._whole(Path(path))
         with self._disk():
-            self._db = _reading(self.path) if read_only else _connect(self.path)
-            try:
-                self._open(read_only=read_only)
-            except OSError as error:
-                self._db.close()
-                raise Unavailable(f"{self.path}: {error}: make room or check the disk, then it goes on") from error
-            except BaseException:
-                self._db.close()
-                raise
-
-    def _whole(self, path: Path) -> None:
-        """Refuse a write-ahead log that SQLite would silently take for a shorter one."""
-        try:
-            log = path.with_name(f"{path.name}-wal")
-            torn = wal.torn(log) and wal.torn(log)  # the first look may have met a coordinator that was just writing
-        except OSError as error:
-            raise Unavailable(f"{path}-wal cannot be read: {error}: check the disk") from error
-        if torn:
-            raise BadConfig(
-                f"{path}-wal is damaged at byte {torn.offset}: {torn.n_commits} commits behind it, which were answered for, "
-                f"cannot be read: restore the folder from a copy; or go on without them, after "
-                f"`truncate --size {torn.offset} {path}-wal`"
-            )
-
-    def _open(self, *, read_only: bool) -> None:
-        if read_only:
-            if found_version(self._db, self.path) < SCHEMA_VERSION:
-                old, self._db = self._db, _connect(":memory:")
-                old.backup(self._db)
-                old.close()
-                upgrade(self._db, ":memory:")
-            self._db.execute("BEGIN")  # everything read is of one moment
-            return
-        found_version(self._db, self.path)
-        fault = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if fault != "ok":
-            raise BadConfig(f"{self.path} is damaged ({fault}): {_RESTORE}")
-        incremental = self._db.execute("PRAGMA auto_vacuum").fetchone()[0] == 2
-        if not incremental:
-            self._db.execute("PRAGMA auto_vacuum=INCREMENTAL")
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")
-        upgrade(self._db, self.path)
-        if not incremental and self.path != ":memory:":
-            with suppress(sqlite3.OperationalError):  # no room for it today: the file only does not shrink
-                self._db.execute("VACUUM")
+            self._db = open_database(self.path, read_only=read_only)
 
     def close(self) -> None:
         """Close the file; what was appended is durable already."""
@@ -213,22 +172,32 @@ class Store:
     # ---------------------------------------------------------------------------------------------------- snapshots
 
     def save_snapshot(self, seq: int, state: bytes) -> None:
-        """Keep the state after row `seq`."""
+        """Keep the state after row `seq`.  Cost: that of its hash, and of writing what no earlier one has."""
         at = "(SELECT COALESCE(MAX(at), 0) FROM journal WHERE seq <= ?)"
-        row = (seq, seq, SOFTWARE, _crc(seq, state), state)
-        with self._disk():
-            self._db.execute(f"INSERT OR REPLACE INTO snapshots VALUES (?, {at}, ?, ?, ?)", row)  # noqa: S608
+        last = "SELECT half FROM snapshots WHERE seq < ? ORDER BY seq DESC LIMIT 1"
+        with self._disk(), self._transaction():
+            before = self._db.execute(last, (seq,)).fetchone()
+            half = 1 - before[0] if before else 0
+            row = (seq, seq, SOFTWARE, _crc(seq, state), half, pieces.save(self._db, half, state))
+            self._db.execute(f"INSERT OR REPLACE INTO snapshots VALUES (?, {at}, ?, ?, x'', ?, ?)", row)  # noqa: S608
 
     def snapshots(self, before: int = 2**62) -> Iterator[Snapshot]:
         """The snapshots at places below `before` whose bytes are those that were saved, newest first."""
         rows = self._rows("SELECT seq FROM snapshots WHERE seq < ? ORDER BY seq DESC", before)
+        query = "SELECT at, software, crc, state, pieces FROM snapshots WHERE seq = ?"
         for (seq,) in rows:
-            query = "SELECT at, software, crc, state FROM snapshots WHERE seq = ?"
-            ((at, software, crc, state),) = self._rows(query, seq)
+            with self._disk():
+                row = self._db.execute(query, (seq,)).fetchone()
+                if row is None:
+                    continue  # pruned meanwhile
+                at, software, crc, state, listed = row
+                state += pieces.load(self._db, listed)
             if crc is None or crc == _crc(seq, state):
                 yield Snapshot(seq, at, software, state)
-            else:
-                logger.error("a snapshot is damaged", extra={"action": "snapshot_lost", "seq": seq})
+                continue
+            logger.error("a snapshot is damaged", extra={"action": "snapshot_lost", "seq": seq})
+            with suppress(Unavailable), self._disk():
+                pieces.drop_damaged(self._db, listed)
 
     def load_snapshot(self) -> tuple[int, bytes] | None:
         """The newest readable snapshot and its place in the journal."""
@@ -238,7 +207,22 @@ class Store:
         """Whether any was ever saved, readable or not."""
         return bool(self._rows("SELECT 1 FROM snapshots LIMIT 1"))
 
-    # ----------------------------------------------------------------------------------------------- rounds, versions
+    # ----------------------------------------------------------------------------------- rounds, versions, ended jobs
+
+    def close_job(self, job: str, detail: JobDetail) -> None:
+        """Write down what may still be asked of a job that ended; writing it again changes nothing."""
+        body = zlib.compress(_encode(detail), 1)  # of hundreds of agents that were planned for alike
+        with self._disk():
+            self._db.execute("INSERT OR REPLACE INTO ended VALUES (?, ?, ?)", (job, _crc(0, body), body))
+
+    def detail(self, job: str) -> JobDetail | None:
+        """What was written down of a job that ended; None for another, and for one whose row is damaged."""
+        for crc, body in self._rows("SELECT crc, detail FROM ended WHERE job = ?", job):
+            if crc == _crc(0, body):
+                detail: JobDetail = _detail(zlib.decompress(body))
+                return detail
+            logger.error("what was kept of job %s is damaged", job, extra={"action": "detail_lost", "job": job})
+        return None
 
     def record(self, job: str, record: RoundRecord) -> None:
         """Write down a round's end; writing it again changes nothing."""
@@ -293,13 +277,19 @@ class Store:
     # -------------------------------------------------------------------------------------------------------- pruning
 
     def frames(self) -> list[Frame]:
-        """The snapshots' places and costs, oldest first.  Cost: one pass over the journal's lengths."""
-        rows = self._rows("SELECT seq, at, LENGTH(state) FROM snapshots ORDER BY seq")
-        ends = [*(seq for seq, _, _ in rows), 2**62][1:]
+        """The snapshots' places and costs, oldest first: what goes with each.  Cost: one pass over all lengths."""
         journal = "SELECT COALESCE(SUM(LENGTH(body) + ?), 0) FROM journal WHERE seq > ? AND seq <= ?"
+        with self._disk():
+            rows = self._db.execute("SELECT seq, at, LENGTH(state), pieces FROM snapshots ORDER BY seq").fetchall()
+            own = pieces.sizes(self._db, [listed for *_, listed in rows])
+            ends = [*(row[0] for row in rows), 2**62][1:]
+            between = [
+                self._db.execute(journal, (ROW_BYTES, row[0], end)).fetchone()[0]
+                for row, end in zip(rows, ends, strict=True)
+            ]
         return [
-            Frame(seq, at, n + int(self._rows(journal, ROW_BYTES, seq, end)[0][0]))
-            for (seq, at, n), end in zip(rows, ends, strict=True)
+            Frame(seq, at, n_whole + len(listed) + n_own + n_journal)
+            for (seq, at, n_whole, listed), n_own, n_journal in zip(rows, own, between, strict=True)
         ]
 
     def forget(self, versions: Iterable[tuple[str, int]], updates: Iterable[tuple[str, int]], before_seq: int) -> int:
@@ -313,14 +303,25 @@ class Store:
             )
             self._db.executemany("UPDATE versions SET updates = x'90' WHERE job = ? AND version = ?", updates)
             self._db.execute("DELETE FROM snapshots WHERE seq < ?", (before_seq,))
+            pieces.drop_unlisted(
+                self._db, (row[0] for row in self._db.execute("SELECT pieces FROM snapshots").fetchall())
+            )
             return self._db.execute("DELETE FROM journal WHERE seq <= ?", (before_seq,)).rowcount
 
     def shrink(self) -> None:
-        """Give pages that are free back to the file system, a few at a time so that the journal need not wait."""
+        """Give pages that are free back to the file system, a few at a time: the journal need not wait, and little room will do.
+
+        A file that had to be opened alone is opened anew, so that others may read it again.
+        """
+        with self._disk():
+            if is_alone(self._db) and shutil.disk_usage(Path(self.path).parent).free > _INDEX_BYTES:
+                self._db.close()
+                self._db = open_database(self.path)
         while True:
             with self._disk():
                 free = int(self._db.execute("PRAGMA freelist_count").fetchone()[0])
-                self._db.executescript(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})")  # execute() stops after one page
+                if free:  # by a script, because execute() stops after one page
+                    self._db.executescript(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})")
                 self._db.execute("PRAGMA busy_timeout=0")  # who reads beside us need not hold up the journal
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
                 self._db.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
@@ -354,22 +355,11 @@ class Store:
         try:
             with self._lock:
                 yield
-        except sqlite3.OperationalError as error:
+        except (sqlite3.OperationalError, OSError) as error:
             folder = Path(self.path).parent
             free = f" ({shutil.disk_usage(folder).free / 1e6:.0f} MB free)" if folder.is_dir() else ""
             raise Unavailable(f"{self.path}: {error}{free}: make room or check the disk, then it goes on") from error
         except sqlite3.DatabaseError as error:
             if type(error) is not sqlite3.DatabaseError:
                 raise
-            raise BadConfig(f"{self.path}: {error}: {_RESTORE}") from error
-
-
-def _connect(path: str) -> sqlite3.Connection:
-    return sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-
-
-def _reading(path: str) -> sqlite3.Connection:
-    """A connection that writes nothing; without a log beside it nobody has the file open, and it is read as it lies there."""
-    how = "mode=ro" if Path(f"{path}-wal").exists() else "immutable=1"
-    where = f"{Path(path).absolute().as_uri()}?{how}"
-    return sqlite3.connect(where, uri=True, check_same_thread=False, isolation_level=None)
+            raise BadConfig(f"{self.path}: {error}: {DAMAGED}") from error

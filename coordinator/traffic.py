@@ -17,14 +17,16 @@ from coordinator.core import events as ev
 from coordinator.intake import MAX_NAMED
 from coordinator.work import RETRY_S, Work
 from protocol.blobs import Blobs
+from protocol.broadcast import EVERYONE
 from protocol.bus import Bus
 from protocol.daemon import OncePer
 from protocol.exchange import Exchange, Lost, Outcome, Pulled
 from protocol.messages import Blob, Done, Grant, Refuse
 from protocol.outgoing import Outgoing
+from protocol.pacing import Pace
 from protocol.spool import Spool
 from protocol.topics import Topics
-from protocol.transfer import Receiving
+from protocol.transfer import MAX_WINDOW, Receiving
 
 logger = logging.getLogger(__name__)
 
@@ -52,22 +54,42 @@ class Traffic:
         self._clock, self._complaints = clock, OncePer(max_keys=MAX_NAMED)
         self._fetching: dict[str, dict[str, act.Fetch]] = {}
         self._served: dict[str, str] = {}
-        limits = config.transfer
+        limits = self._limits = config.transfer
         self.exchange = Exchange(
             bus=bus,
             spool=Spool(blobs, max_bytes=limits.max_update_bytes, reserve_bytes=config.keep.min_free_bytes),
-            receiving=Receiving(window=limits.window, budget_bytes=limits.budget_bytes, timeout_s=limits.timeout_s),
+            receiving=Receiving(
+                window=limits.window,
+                max_window=MAX_WINDOW,
+                budget_bytes=limits.budget_bytes,
+                timeout_s=limits.timeout_s,
+                pace=Pace(limits.up_bytes_per_s),
+            ),
             clock=clock,
             say=self._say,
-            chunk_topic=topics.down_chunk,
+            chunk_topic=lambda peer, xfer: topics.blob(xfer) if peer == EVERYONE else topics.down_chunk(peer, xfer),
+            pace=Pace(limits.down_bytes_per_s),
             source=self._served_file,
             outcome=self._ended,
         )
+
+    def renew(self, config: CoordinatorConfig) -> None:
+        """Other caps, and another part of the disk to leave free."""
+        self.exchange.renew(reserve_bytes=config.keep.min_free_bytes)
+        self.exchange.pace.renew(config.transfer.down_bytes_per_s)
+        self.exchange.receiving.pace.renew(config.transfer.up_bytes_per_s)
 
     def serve(self, blob: Blob) -> Blob:
         """Hand out a model to agents that ask for it; the model as they are to be told of it."""
         self._served[blob.xfer] = blob.sha256
         return self.exchange.offer(blob)
+
+    def serve_to(self, agent: str, blob: Blob) -> tuple[Blob, bool]:
+        """Hand out a model to one of those that are told of it now; the model, and whether it can be listened to."""
+        served = self.serve(blob)
+        if self._limits.broadcast:
+            self.exchange.announced(agent, served)
+        return served, self._limits.broadcast
 
     def is_fetching(self, agent: str, blob: Blob) -> bool:
         """Whether this blob is being pulled or judged already, in chunks of the same size."""
@@ -146,7 +168,7 @@ class Traffic:
             return
         match end:
             case Pulled():
-                await self._judge(wish)
+                self._spawn(f"judge/{wish.agent}/{end.blob.xfer}", self._judge(wish))  # the next is verified meanwhile
             case Lost(temporary=True, reason=reason):
                 self._lost(wish, reason)
             case Lost(reason=reason):

@@ -41,6 +41,8 @@ class Upkeep:
     ) -> None:
         self._store, self._blobs, self._keep, self._disk = store, blobs, keep, disk
         self._need, self._clock, self._spawn = need, clock, spawn
+        self.still = asyncio.Lock()
+        """While somebody holds it nothing is pruned."""
         self._wanted = False
         self._complaints = OncePer()
 
@@ -71,9 +73,9 @@ class Upkeep:
         while self._wanted:  # asked for again while it ran: there may be more by now
             self._wanted = False
             try:
-                gone = await asyncio.to_thread(
-                    prune, self._store, self._blobs, self._keep, self._need(), self._disk.deficit_bytes
-                )
+                lacking = self._disk.deficit_bytes, self._disk.tight_bytes
+                async with self.still:
+                    gone = await asyncio.to_thread(prune, self._store, self._blobs, self._keep, self._need(), *lacking)
                 self._blobs.sweep(PARTIAL_KEPT_S)
             except (Unavailable, OSError) as error:
                 if self._complaints("prune", self._clock()) is not None:

@@ -14,9 +14,23 @@ import msgspec
 
 from coordinator.activity import Activity
 from coordinator.core.plans import phase_text
-from coordinator.core.state import AgentState, Cause, JobState, Member, Phase, Purpose, Round, RoundRecord, Share
-from coordinator.past import CostView, Evaluations, Past, evaluations, mean_loss, with_round
+from coordinator.core.state import (
+    AgentState,
+    Cause,
+    JobState,
+    Member,
+    Pause,
+    Phase,
+    Purpose,
+    Rollback,
+    Round,
+    RoundRecord,
+    Share,
+)
+from coordinator.cost import CostView
+from coordinator.past import Evaluations, Past, evaluations, with_round
 from coordinator.presence import Presence
+from coordinator.versions import VersionView, version_views
 from protocol.bus import parse_url
 from protocol.messages import TERMINAL, Evaluated, ExecState, Progress, Report
 
@@ -98,22 +112,6 @@ class RoundView(View, frozen=True, kw_only=True):
     shares: dict[str, ShareView]
 
 
-class VersionView(View, frozen=True, kw_only=True):
-    """One stored version of the global adapter; `loss` is the mean of the agents' held-out losses, None until measured."""
-
-    version: int
-    round: int
-    at: float
-    sha256: str
-    size_bytes: int
-    rank: int
-    dropped_ratio: float
-    loss: float | None = None
-    n_evaluated: int = 0
-    kept: bool = True
-    """Whether its files are still there to be exported."""
-
-
 class JobShort(View, frozen=True, kw_only=True):
     """A job in one line.  `round` counts finished rounds."""
 
@@ -129,6 +127,7 @@ class JobShort(View, frozen=True, kw_only=True):
     """Of a failed job."""
     n_agents: int = 0
     n_done: int = 0
+    pause: Pause | None = None
 
 
 class JobView(View, frozen=True, kw_only=True):
@@ -155,6 +154,8 @@ class JobView(View, frozen=True, kw_only=True):
     ended_at: float = 0.0
     cause: Cause | None = None
     """Of a failed job."""
+    pause: Pause | None = None
+    rollbacks: list[Rollback] = []
     n_matrices: int = 0
     members: dict[str, MemberView] = {}
     current: RoundView | None = None
@@ -193,8 +194,8 @@ class FleetView(View, frozen=True, kw_only=True):
 # ------------------------------------------------------------------------------------------------------------- fleet
 
 
-def fleet_view(coordinator: Coordinator) -> FleetView:
-    """The whole fleet.  Cost: linear in agents and jobs."""
+def fleet_view(coordinator: Coordinator, *, brief: bool = False) -> FleetView:
+    """The whole fleet; `brief` as for agent_views.  Cost: linear in agents and jobs."""
     state, moved = coordinator.fleet.state, coordinator.exchange.receiving.counts
     wrong = {**coordinator.intake.gate.counts, "stray_chunk": moved.n_stray, "bad_chunk": moved.n_bad}
     return FleetView(
@@ -206,7 +207,7 @@ def fleet_view(coordinator: Coordinator) -> FleetView:
             connected=coordinator.connected,
             fault=coordinator.bus_fault,
         ),
-        agents=agent_views(state.agents, coordinator.presence, state.jobs.values()),
+        agents=agent_views(state.agents, coordinator.presence, state.jobs.values(), brief=brief),
         jobs=[job_short(job) for job in state.jobs.values()],
         counts=state.counts | {kind: n for kind, n in wrong.items() if n},
         sent_bytes=coordinator.exchange.n_sent_bytes,
@@ -216,14 +217,21 @@ def fleet_view(coordinator: Coordinator) -> FleetView:
     )
 
 
-def agent_views(agents: Mapping[str, AgentState], presence: Presence, jobs: Iterable[JobState] = ()) -> list[AgentView]:
-    """All agents that were ever seen, by name.  Cost: linear in agents times jobs under way."""
+def agent_views(
+    agents: Mapping[str, AgentState], presence: Presence, jobs: Iterable[JobState] = (), *, brief: bool = False
+) -> list[AgentView]:
+    """All agents that were ever seen, by name; `brief` leaves out of their reports what a server has, but not what it may use.
+
+    Cost: linear in agents times jobs under way.
+    """
     activity = Activity(jobs)
-    return [_agent(agents[name], presence, activity) for name in sorted(agents)]
+    return [_agent(agents[name], presence, activity, brief=brief) for name in sorted(agents)]
 
 
-def _agent(agent: AgentState, presence: Presence, activity: Activity) -> AgentView:
-    progress = presence.progress.get(agent.id)
+def _agent(agent: AgentState, presence: Presence, activity: Activity, *, brief: bool) -> AgentView:
+    progress, report = presence.progress.get(agent.id), agent.report
+    if brief and report:
+        report = Report(allowance=report.allowance)
     return AgentView(
         id=agent.id,
         online=agent.online,
@@ -235,7 +243,7 @@ def _agent(agent: AgentState, presence: Presence, activity: Activity) -> AgentVi
         doing=activity.of(agent, progress),
         heard_at=presence.heard_at(agent.id),
         progress=progress,
-        report=agent.report,
+        report=report,
     )
 
 
@@ -257,6 +265,7 @@ def job_short(job: JobState) -> JobShort:
         cause=job.cause,
         n_agents=len(shares),
         n_done=sum(share.state is ExecState.DONE for share in shares),
+        pause=job.pause,
     )
 
 
@@ -278,6 +287,8 @@ def job_view(
         phase=job.phase,
         reason=job.reason,
         cause=job.cause,
+        pause=job.pause,
+        rollbacks=job.rollbacks,
         text=phase_text(job),
         method=job.spec.job.method,
         base=job.spec.model.source,
@@ -295,29 +306,10 @@ def job_view(
         current=_round(job, job.round, presence, remaining, now) if job.round else None,
         history=rest,
         evaluations=with_round(evaluations(rest), job.round) if skip else measured,
-        versions=version_views(versions, measured),
+        versions=version_views(job, versions, measured),
         n_skipped=len(past.rounds) - len(rest),
         cost=past.cost,
     )
-
-
-def version_views(versions: Iterable[Version], measured: Evaluations) -> list[VersionView]:
-    """Stored versions with their mean held-out loss, oldest first."""
-    return [
-        VersionView(
-            version=v.version,
-            round=v.round,
-            at=v.at,
-            sha256=v.master,
-            size_bytes=v.model.size,
-            rank=v.model.levels[-1].rank if v.model.levels else 0,
-            dropped_ratio=v.dropped_ratio,
-            loss=mean_loss(measured.get(v.version, {})),
-            n_evaluated=len(measured.get(v.version, {})),
-            kept=v.kept,
-        )
-        for v in versions
-    ]
 
 
 def _member(member: Member) -> MemberView:

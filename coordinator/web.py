@@ -11,6 +11,7 @@ Loopback unless told otherwise, and a public address demands a token (coordinato
          /v1/jobs/{name}/plan                              who does what and why; 404 while there is none
     POST /v1/jobs                                          a job file; 201, 409 for a name that is taken
     POST /v1/jobs/{name}/cancel
+    POST /v1/jobs/{name}/pause  /v1/jobs/{name}/resume  /v1/jobs/{name}/rollback     see coordinator/commands.py
     GET  /v1/jobs/{name}/adapter?version=N                 a tar of the PEFT folder
     GET  /v1/events                                        server-sent events, see coordinator/feed.py
     GET  /metrics                                          for Prometheus, see coordinator/metrics.py
@@ -35,14 +36,12 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from coordinator import metrics, views
+from coordinator import asked, commands, metrics, views
 from coordinator.access import HEALTH, TokenMiddleware, is_loopback, read_token
 from coordinator.audit import LOCAL
 from coordinator.audited import WHAT, AuditMiddleware
 from coordinator.config import Web
-from coordinator.core.events import JobCancelled
-from coordinator.core.state import ENDED, JobState
-from coordinator.exporting import pick
+from coordinator.core.state import ENDED, JobState, with_detail
 from coordinator.feed import Feed
 from coordinator.https import Server
 from coordinator.openapi import document
@@ -54,6 +53,7 @@ from coordinator.submission import Taken, parse_job, submit
 from coordinator.tarball import adapter_tar
 from coordinator.trust.desk import Counter
 from coordinator.trust.office import Refused
+from coordinator.versions import pick, version_views
 from protocol import SOFTWARE
 from protocol.errors import BadConfig, OutsideFault, Unavailable
 from protocol.files import replacing
@@ -62,8 +62,8 @@ from protocol.metrics import CONTENT_TYPE, PATH, exposition
 if TYPE_CHECKING:
     from coordinator.daemon import Coordinator
 
-MAX_JOB_BYTES: Final = 2**20
 READ_BYTES: Final = 2**18
+READ_TRIES: Final = 3
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +82,10 @@ def _refuse(request: Request, error: Exception) -> Response:
             return answer({"error": f"there is nothing at {request.url.path[:200]!r}"}, 404)
         case HTTPException(status_code=status, detail=detail):
             return answer({"error": detail}, status)
-        case Taken():
+        case Taken() | commands.NotNow():
             return answer({"error": str(error)}, 409)
+        case commands.NoSuchVersion():
+            return answer({"error": str(error)}, 404)
         case Refused(status=status):
             return answer({"error": str(error)}, status)
         case BadConfig():
@@ -113,6 +115,9 @@ class Api:
             Route("/v1/jobs", self.submit, methods=["POST"]),
             Route("/v1/jobs/{name}", self.job),
             Route("/v1/jobs/{name}/cancel", self.cancel, methods=["POST"]),
+            Route("/v1/jobs/{name}/pause", self.pause, methods=["POST"]),
+            Route("/v1/jobs/{name}/resume", self.resume, methods=["POST"]),
+            Route("/v1/jobs/{name}/rollback", self.rollback, methods=["POST"]),
             Route("/v1/jobs/{name}/versions", self.versions),
             Route("/v1/jobs/{name}/plan", self.plan),
             Route("/v1/jobs/{name}/adapter", self.adapter),
@@ -131,15 +136,17 @@ class Api:
 
     async def openapi(self, _request: Request) -> Response:
         """This API, described for programs."""
-        return answer(document(self.routes(), SOFTWARE))
+        return answer(document([*self.routes(), *Counter(self._coordinator).routes()], SOFTWARE))
 
-    async def fleet(self, _request: Request) -> Response:
+    async def fleet(self, request: Request) -> Response:
         """See views.FleetView."""
-        return answer(views.fleet_view(self._coordinator))
+        return answer(views.fleet_view(self._coordinator, brief=bool(asked.number(request, "brief"))))
 
-    async def agents(self, _request: Request) -> Response:
+    async def agents(self, request: Request) -> Response:
         """A list of views.AgentView."""
-        return answer(self._agents())
+        state, presence = self._coordinator.fleet.state, self._coordinator.presence
+        brief = bool(asked.number(request, "brief"))
+        return answer(views.agent_views(state.agents, presence, state.jobs.values(), brief=brief))
 
     async def jobs(self, _request: Request) -> Response:
         """A list of views.JobShort."""
@@ -152,7 +159,7 @@ class Api:
 
     async def job(self, request: Request) -> Response:
         """See views.JobView; of a long history only what comes after the first `skip` rounds."""
-        skip = _number(request, "skip") or 0
+        skip = asked.number(request, "skip") or 0
         job, past, versions = await self._told(request)
         view = views.job_view(
             job,
@@ -166,9 +173,9 @@ class Api:
         return answer(view)
 
     async def versions(self, request: Request) -> Response:
-        """A list of views.VersionView, oldest first."""
+        """A list of versions.VersionView, oldest first."""
         job, past, versions = await self._told(request)
-        return answer(views.version_views(versions, with_round(past.evaluations, job.round)))
+        return answer(version_views(job, versions, with_round(past.evaluations, job.round)))
 
     async def plan(self, request: Request) -> Response:
         """See plan_views.PlanView."""
@@ -183,7 +190,7 @@ class Api:
         if kind != "application/toml":
             raise HTTPException(415, f"a job is TOML: send it as application/toml, not as {kind or 'nothing'}")
         try:
-            text = (await _body(request)).decode()
+            text = (await asked.body(request)).decode()
         except UnicodeDecodeError as error:
             raise HTTPException(400, f"the job file is not UTF-8: {error}") from None
         spec = parse_job(text, "job file", self._coordinator.config.allow_methods)
@@ -193,17 +200,33 @@ class Api:
 
     async def cancel(self, request: Request) -> Response:
         """End a job; its finished versions stay."""
-        job = self._job(request)
-        if job.phase in ENDED:
-            raise HTTPException(409, f"job {job.spec.job.name!r} has ended already: {job.phase}")
-        await self._coordinator.post(JobCancelled(job=job.spec.job.name))
+        await commands.cancel(self._coordinator, self._job(request))
+        return answer(views.job_short(self._job(request)))
+
+    async def pause(self, request: Request) -> Response:
+        """Begin no further round."""
+        job, told = self._job(request), await asked.struct(request, commands.PauseAsked)
+        _note(request, job, "now" if told.now else "", told.reason)
+        await commands.pause(self._coordinator, job, told, actor(self._coordinator))
+        return answer(views.job_short(self._job(request)))
+
+    async def resume(self, request: Request) -> Response:
+        """Let a paused job go on."""
+        await commands.resume(self._coordinator, self._job(request), actor(self._coordinator))
+        return answer(views.job_short(self._job(request)))
+
+    async def rollback(self, request: Request) -> Response:
+        """Make a new version of an earlier one."""
+        job, told = self._job(request), await asked.struct(request, commands.RollbackAsked)
+        _note(request, job, f"to version {told.version}", told.reason)
+        await commands.roll_back(self._coordinator, job, told, actor(self._coordinator))
         return answer(views.job_short(self._job(request)))
 
     async def adapter(self, request: Request) -> Response:
         """One version (the newest, if none is named) as a tar of a PEFT folder."""
         job = self._job(request)
         name, store = job.spec.job.name, self._coordinator.store
-        wanted = _number(request, "version")
+        wanted = asked.number(request, "version")
         try:
             version = pick(store.versions(name), wanted)
         except BadConfig as error:
@@ -220,27 +243,30 @@ class Api:
         }
         return StreamingResponse(_blocks(tar), media_type="application/x-tar", headers=headers)
 
-    def _agents(self) -> list[views.AgentView]:
-        state = self._coordinator.fleet.state
-        return views.agent_views(state.agents, self._coordinator.presence, state.jobs.values())
-
     def _devices(self) -> dict[str, str]:
         """What each agent says that it trains on."""
         reports = {agent.id: agent.report for agent in self._coordinator.fleet.state.agents.values()}
         return {id_: report.allowance.device for id_, report in reports.items() if report and report.allowance}
 
     async def _told(self, request: Request) -> tuple[JobState, Past, list[Version]]:
-        """A job, its ended rounds and its versions as of one moment: a job that moves on meanwhile is read again."""
+        """A job, its ended rounds and its versions as of one moment: a job that moves on meanwhile is read again.
+
+        One that always does is told as it is, a round ahead of its history; the next reading has that too.
+        """
         store = self._coordinator.store
+        n_tries = 0
         while True:
             job = self._job(request)
             name, moment = job.spec.job.name, (job.phase, job.round_number, job.attempt)
-            devices = self._devices()
-            past = await asyncio.to_thread(lambda: look_back(store.rounds(name), devices))  # noqa: B023 - awaited here
+            devices, prices = self._devices(), self._coordinator.config.prices
+            past = await asyncio.to_thread(lambda: look_back(store.rounds(name), devices, prices))  # noqa: B023 - awaited here
             versions = await asyncio.to_thread(store.versions, name)
+            detail = await asyncio.to_thread(store.detail, name) if job.phase in ENDED else None
             job = self._job(request)
-            if moment == (job.phase, job.round_number, job.attempt):
-                return job, past, versions
+            n_tries += 1
+            has_moved = moment != (job.phase, job.round_number, job.attempt)
+            if not has_moved or (n_tries >= READ_TRIES and job.phase not in ENDED):
+                return with_detail(job, detail), past, versions
 
     def _job(self, request: Request) -> JobState:
         name = str(request.path_params["name"])
@@ -250,29 +276,15 @@ class Api:
         return job
 
 
-def _number(request: Request, name: str) -> int | None:
-    """A whole number of the query; None where it is not given."""
-    given = request.query_params.get(name)
-    if given is None:
-        return None
-    if not (given.isascii() and given.isdigit() and len(given) <= 9):
-        raise HTTPException(400, f"{name}={given[:40]!r} is not a number")
-    return int(given)
-
-
 def _blocks(file: IO[bytes]) -> Iterator[bytes]:
     with file:
         while block := file.read(READ_BYTES):
             yield block
 
 
-async def _body(request: Request) -> bytes:
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_JOB_BYTES:
-            raise HTTPException(413, f"a job file has at most {MAX_JOB_BYTES} bytes")
-    return bytes(body)
+def _note(request: Request, job: JobState, what: str, why: str) -> None:
+    """For the audit log: what exactly is asked for, and why."""
+    request.scope[WHAT] = f"{job.spec.job.name} {what}".rstrip() + (f": {why}" if why else "")
 
 
 # -------------------------------------------------------------------------------------------------------------- server

@@ -21,10 +21,11 @@ from coordinator.core import actions as act
 from coordinator.core import events as ev
 from coordinator.core.state import FleetState, JobState, RoundRecord
 from coordinator.disk import Disk, refuses
-from coordinator.exporting import export_version, pick
+from coordinator.exporting import export_version
 from coordinator.planner import automatic
 from coordinator.planner.servers import Ask
 from coordinator.store import Store, Version
+from coordinator.versions import pick
 from protocol import SOFTWARE, methods
 from protocol.blobs import Blobs
 from protocol.errors import BadConfig, BadUpdate, OutsideFault, Unavailable
@@ -122,29 +123,30 @@ class Work:
                 self._disk.wrote(f"version {wish.version} of {wish.job}")
                 return done
 
-    async def record(self, job: str, record: RoundRecord) -> None:
-        """Write down how a round ended; a full disk is waited out."""
+    async def write_down(self, wish: act.Written) -> None:
+        """Write down how a round ended, or a job, or which version is an earlier one; a full disk is waited out."""
+        what = {act.Record: "a round's record", act.Finish: "a job's end", act.Restore: "a version"}[type(wish)]
         while True:
             try:
-                self._store.record(job, record)
+                match wish:
+                    case act.Record(job=job, record=record):
+                        self._store.record(job, record)
+                    case act.Finish(job=job, detail=detail) if detail:
+                        self._store.close_job(job, detail)
+                    case act.Restore():
+                        self._store.add_version(restored(wish))
             except Unavailable as error:
-                self._disk.refused("a round's record", error)
+                self._disk.refused(what, error)
                 await asyncio.sleep(RETRY_S)
             else:
                 break
-        self._disk.wrote("a round's record")
-        extra = {
-            "action": "round",
-            "job": job,
-            "round": record.round,
-            "attempt": record.attempt,
-            "outcome": record.outcome,
-            "loss": record.loss,
-            "wall_s": round(record.wall_s, 2),
-            "done": sum(s.state == "DONE" for s in record.shares.values()),
-            "agents": len(record.shares),
-        }
-        logger.info("round closed", extra=extra)
+        self._disk.wrote(what)
+        match wish:
+            case act.Record(job=job, record=record):
+                _log_round(job, record)
+            case act.Restore(job=job, version=version, of=of):
+                extra = {"action": "rolled_back", "job": job, "version": version, "of": of}
+                logger.info("version %d is version %d once more", version, of, extra=extra)
 
     async def judge(self, wish: act.Fetch) -> ev.UpdateStored | ev.UpdateSpoiled:
         """Whether a complete update fits its plan; it counts only then.  Raises OSError when our disk does not give it.
@@ -178,13 +180,11 @@ class Work:
 
     async def export(self, job: JobState, folder: Path) -> None:
         """Write a job's newest version as a PEFT directory; a job without any leaves none."""
-        name = job.spec.job.name
-        versions, rounds, told = self._store.versions(name), self._store.rounds(name), False
-        while versions:
+        name, done, told = job.spec.job.name, 0, False
+        while (versions := self._store.versions(name)) and (newest := pick(versions, None)).version != done:
+            rounds = self._store.rounds(name)
             try:
-                await asyncio.to_thread(
-                    export_version, job, pick(versions, None), rounds, self._blobs, folder, SOFTWARE
-                )
+                await asyncio.to_thread(export_version, job, newest, rounds, self._blobs, folder, SOFTWARE)
             except (OutsideFault, OSError) as error:
                 if not told:
                     logger.error("not exported: %s", error, extra={"action": "export_failed", "job": name})
@@ -193,4 +193,25 @@ class Work:
                 told = True
                 await asyncio.sleep(RETRY_S)
             else:
-                return
+                done = newest.version
+
+
+def restored(wish: act.Restore) -> Version:
+    """The row of a version that is an earlier one once more."""
+    said = {name: getattr(wish, name) for name in ("job", "version", "round", "master", "model", "dropped_ratio", "at")}
+    return Version(**said)
+
+
+def _log_round(job: str, record: RoundRecord) -> None:
+    extra = {
+        "action": "round",
+        "job": job,
+        "round": record.round,
+        "attempt": record.attempt,
+        "outcome": record.outcome,
+        "loss": record.loss,
+        "wall_s": round(record.wall_s, 2),
+        "done": sum(s.state == "DONE" for s in record.shares.values()),
+        "agents": len(record.shares),
+    }
+    logger.info("round closed", extra=extra)

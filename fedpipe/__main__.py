@@ -14,8 +14,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from coordinator.figures import plain
-from fedpipe import auditing, trust_commands
-from fedpipe.asking import DEFAULT_URL, Json, TokenFile, Url
+from fedpipe import auditing, steering_commands, trust_commands
+from fedpipe.asking import DEFAULT_URL, JobName, Json, TokenFile, Url
 from fedpipe.asking import console as _console
 from fedpipe.asking import coordinator_at as _coordinator
 from fedpipe.asking import print_answer as _print
@@ -31,7 +31,7 @@ FAILED = 1
 
 
 GROUPS: Final = {
-    "Jobs": ("submit", "watch", "jobs", "show", "plan", "cancel", "export"),
+    "Jobs": ("submit", "watch", "jobs", "show", "plan", "pause", "resume", "rollback", "cancel", "export"),
     "The fleet": ("agents", "token", "enrolments", "accept", "reject", "revoke", "audit"),
     "This machine": ("init", "enrol", "mosquitto-config", "doctor", "support-bundle", "version"),
     "Without a fleet": ("demo", "simulate", "broker"),
@@ -71,9 +71,9 @@ app = typer.Typer(
     help="Fine-tunes a large language model across private edge servers whose data never leave them.",
 )
 
-JobName = Annotated[str, typer.Argument(metavar="JOB", help="The job's name.")]
 plan = typer.Typer(no_args_is_help=True, help="What the planner decided.")
 app.add_typer(plan, name="plan")
+app.add_typer(steering_commands.app)
 app.add_typer(trust_commands.app)
 app.add_typer(auditing.app, name="audit")
 
@@ -109,7 +109,7 @@ def jobs(url: Url = DEFAULT_URL, token_file: TokenFile = None, as_json: Json = F
     from fedpipe.tables import jobs_table
 
     with _coordinator(url, token_file) as coordinator:
-        fleet = coordinator.fleet()
+        fleet = coordinator.fleet(brief=True)
     _print(fleet.jobs, jobs_table(fleet.jobs, fleet.now), as_json=as_json)
 
 
@@ -122,7 +122,7 @@ def show(job: JobName, url: Url = DEFAULT_URL, token_file: TokenFile = None, as_
     from fedpipe.tables import versions_table
 
     with _coordinator(url, token_file) as coordinator:
-        view, fleet = coordinator.job(job), coordinator.fleet()
+        view, fleet = coordinator.job(job), coordinator.fleet(brief=True)
     picture = render(view, fleet, view.now, max_agents=1000, max_rounds=1000)
     _print(view, Group(picture, "", versions_table(view.versions)) if view.versions else picture, as_json=as_json)
 
@@ -192,14 +192,6 @@ def _follow(coordinator: Coordinator, job: str, *, as_json: bool) -> None:
         raise typer.Exit(130) from None
     if view.phase is not Phase.COMPLETED:
         raise typer.Exit(FAILED)
-
-
-@app.command()
-def cancel(job: JobName, url: Url = DEFAULT_URL, token_file: TokenFile = None, as_json: Json = False) -> None:
-    """End a job; its finished versions stay."""
-    with _coordinator(url, token_file) as coordinator:
-        ended = coordinator.cancel(job)
-    _print(ended, f"{ended.name}: {ended.text}", as_json=as_json)
 
 
 @app.command()

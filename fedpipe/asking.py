@@ -22,6 +22,7 @@ TokenFile = Annotated[
     Path | None,
     typer.Option("--token-file", envvar="FEDPIPE_TOKEN_FILE", metavar="FILE", help="File with the API's token."),
 ]
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="The job's name.")]
 Json = Annotated[bool, typer.Option("--json", help="For programs: JSON on stdout.")]
 
 

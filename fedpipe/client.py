@@ -19,10 +19,12 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
+from coordinator.commands import PauseAsked, RollbackAsked
 from coordinator.feed import STILL_HERE_S, AnyNews
 from coordinator.plan_views import PlanView
 from coordinator.trust.desk import EnrolmentView, Reason, TokenAsked, TokenMade
-from coordinator.views import AgentView, FleetView, JobShort, JobView, VersionView
+from coordinator.versions import VersionView
+from coordinator.views import AgentView, FleetView, JobShort, JobView
 from protocol.errors import BadConfig, OutsideFault, Unavailable
 
 DEFAULT_URL: Final = "http://127.0.0.1:8470"
@@ -79,9 +81,9 @@ class Coordinator:
 
     # --------------------------------------------------------------------------------------------------------- views
 
-    def fleet(self) -> FleetView:
-        """Everything at a glance."""
-        return self._get("/v1/fleet", FleetView)
+    def fleet(self, *, brief: bool = False) -> FleetView:
+        """Everything at a glance; `brief`: without what each server has."""
+        return self._get("/v1/fleet?brief=1" if brief else "/v1/fleet", FleetView)
 
     def software(self) -> str:
         """Which version runs there."""
@@ -128,7 +130,23 @@ class Coordinator:
 
     def cancel(self, name: str) -> JobShort:
         """End a job; its finished versions stay."""
-        with self._answer("POST", f"/v1/jobs/{_part(name)}/cancel") as response:
+        return self._order(name, "cancel")
+
+    def pause(self, name: str, reason: str = "", *, now: bool = False) -> JobShort:
+        """Begin no further round of a job; with `now`, stop the one under way."""
+        return self._order(name, "pause", PauseAsked(reason=reason, now=now))
+
+    def resume(self, name: str) -> JobShort:
+        """Let a paused job go on."""
+        return self._order(name, "resume")
+
+    def roll_back(self, name: str, version: int, reason: str = "") -> JobShort:
+        """Make a new version of an earlier one's content."""
+        return self._order(name, "rollback", RollbackAsked(version=version, reason=reason))
+
+    def _order(self, name: str, what: str, asked: msgspec.Struct | None = None) -> JobShort:
+        body = msgspec.json.encode(asked) if asked else b""
+        with self._answer("POST", f"/v1/jobs/{_part(name)}/{what}", content=body) as response:
             return _decoded(response, JobShort)
 
     def adapter(self, name: str, version: int | None, into: Path) -> int:

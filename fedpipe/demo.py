@@ -209,7 +209,7 @@ async def _watch(
 
 
 def _look(client: Coordinator, name: str) -> tuple[JobView, FleetView]:
-    return client.job(name), client.fleet()
+    return client.job(name), client.fleet(brief=True)
 
 
 def _tell(console: Console, job: JobView, n_told: int) -> int:

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.core.state import Phase, RoundRecord
+from coordinator.cost import spent_text
 from coordinator.figures import duration_text, loss_text, plain, share_text, size_text, sparkline
 from coordinator.past import mean_loss
 from coordinator.plan_views import fleet_under_training, round_under_training
@@ -48,7 +49,12 @@ COLOURS: Final = {
     "out": "red",
     "offline": "red",
 }
-PHASE_COLOURS: Final = {Phase.COMPLETED: "green", Phase.FAILED: "red", Phase.CANCELLED: "yellow"}
+PHASE_COLOURS: Final = {
+    Phase.COMPLETED: "green",
+    Phase.FAILED: "red",
+    Phase.CANCELLED: "yellow",
+    Phase.PAUSED: "yellow",
+}
 BUSY: Final = ("TRAINING", "UPLOADING", "PREPARING", "PAUSED", "calibrating")
 BAD_ENDS: Final = frozenset({"FAILED", "REJECTED", "TIMED_OUT", "CANCELLED"})
 
@@ -77,7 +83,7 @@ def render(
     rows = list(agent_rows(job, fleet))
     parts: list[RenderableType] = [head(job, fleet, now), Text(), agents_table(rows, max_agents)]
     if job.history:
-        parts += [Text(), rounds_table(job, max_rounds)]
+        parts += [Text(), rounds_table(job, max_rounds), Text(f"so far: {spent_text(job.cost)}", style="dim")]
     if found := notes(rows, fleet, job):
         parts += [Text(), *found]
     return Group(*parts)

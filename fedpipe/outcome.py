@@ -14,6 +14,7 @@ from typing import Final
 
 import msgspec
 
+from coordinator.cost import CostView
 from coordinator.plan_views import PlanView, under_training
 
 PACKAGES: Final = ("fedpipe", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "numpy", "aiomqtt")
@@ -143,6 +144,7 @@ class Report(Fact, frozen=True, kw_only=True):
     events: list[Note] = []
     adapter: str = ""
     plan: PlanView | None = None
+    cost: CostView = CostView()
     versions: dict[str, str] = msgspec.field(default_factory=versions)
 
     @property

@@ -16,6 +16,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from coordinator.cost import spent_text
 from coordinator.figures import duration_text, error_text, loss_text, share_text, size_text, step_text
 from coordinator.plan_svg import STYLE, agent_svg
 from coordinator.plan_text import agent_facts, plan_line
@@ -77,6 +78,7 @@ def page(report: Report) -> str:
     environment.filters |= {"loss": loss_text, "size": size_text, "clock": duration_text, "change": change_text}
     environment.filters |= {"step": step_text, "percent": share_text, "error": error_text}
     environment.filters["line"] = plan_line
+    environment.filters["spent"] = spent_text
     environment.filters["undone"] = lambda share: under_training([(share.samples, share.planned_samples)])
     environment.filters["facts"] = agent_facts
     environment.filters["reasons"] = lambda agents: [a.reason for a in agents.values() if a.reason]
@@ -129,6 +131,7 @@ def terminal(report: Report, console: Console) -> None:
     console.print(verdict(report), style="bold", highlight=False)
     rounds = f"{len(report.rounds)} rounds, {duration_text(report.wall_s)}"
     console.print(f"{rounds}, {size_text(report.bytes_moved) or 'nothing'} moved", style="dim", highlight=False)
+    console.print(f"agents: {spent_text(report.cost)}", style="dim", highlight=False)
     if report.adapter:
         console.print(Text.assemble("adapter: ", (report.adapter, "bold cyan")), soft_wrap=True)
 

@@ -44,6 +44,7 @@ def summarise(
         events=[Note(at_s=at_s, text=text) for at_s, text in notes],
         adapter=str(adapter),
         plan=plan,
+        cost=job.cost,
     )
 
 

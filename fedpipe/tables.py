@@ -8,7 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.figures import duration_text, loss_text, plain, size_text
-from coordinator.views import AgentView, JobShort, VersionView
+from coordinator.versions import VersionView
+from coordinator.views import AgentView, JobShort
 from fedpipe.live import PHASE_COLOURS, paused
 from protocol.messages import Report
 

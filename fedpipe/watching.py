@@ -33,7 +33,7 @@ def watch(coordinator: Coordinator, name: str, console: Console) -> JobView:
 
 
 def _picture(coordinator: Coordinator, name: str, console: Console) -> JobView:
-    view, fleet = coordinator.job(name), coordinator.fleet()
+    view, fleet = coordinator.job(name), coordinator.fleet(brief=True)
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
         while True:
             n_agents = max(3, (console.height - HEAD_LINES) // 2)
@@ -51,7 +51,7 @@ def _again(coordinator: Coordinator, name: str) -> tuple[JobView, FleetView] | N
     """The next reading after a moment, None when the coordinator does not answer."""
     time.sleep(EVERY_S)
     try:
-        return coordinator.job(name), coordinator.fleet()
+        return coordinator.job(name), coordinator.fleet(brief=True)
     except Unavailable:
         return None
 

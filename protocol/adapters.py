@@ -120,3 +120,16 @@ def canonical(factors: Factors, rank: int | None = None) -> Factors:
 def truncate(factors: Factors, rank: int) -> Factors:
     """The first `rank` components, as views: of factors in canonical form the best approximation of that rank."""
     return Factors(a=factors.a[:rank], b=factors.b[:, :rank])
+
+
+def cut_energy(factors: Factors, kept_ratio: float) -> Factors:
+    """The fewest leading components that hold `kept_ratio` of the squared norm, in canonical form; at 1 all, as they are.
+
+    Cost: that of `principal`.  No other factors of so few components come closer (Eckart and Young, 1936).
+    """
+    if kept_ratio >= 1.0:
+        return factors
+    whole = principal(factors.b.astype(np.float64), factors.a.astype(np.float64), factors.rank)
+    held = np.cumsum(whole.singular**2)
+    n_kept = int(np.searchsorted(held, kept_ratio * whole.energy)) + 1 if whole.energy else 0
+    return truncate(whole.to_factors(), n_kept)

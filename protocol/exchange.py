@@ -3,7 +3,8 @@
 The coordinator's peers are its agents, an agent's only peer is "coordinator"; everything else is the same, so it is here
 once.  What the state machines decide (protocol/transfer.py, protocol/sending.py) is carried out: credit is published, chunks
 are read and published one at a time at the bus's own pace, arriving chunks are written, complete files are verified in a
-thread and handed over.  Nothing is decided here, and no byte of a blob stays in memory.
+thread and handed over, a broadcast is subscribed to for as long as it is pulled.  Nothing is decided here, and no byte of a
+blob stays in memory.
 """
 
 from __future__ import annotations
@@ -11,24 +12,28 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
+from protocol.broadcast import EVERYONE, Broadcasts
 from protocol.bus import MQTT_MAX_PACKET_BYTES, Bus, BusError, NotConnected
 from protocol.errors import BadMessage, Unavailable
 from protocol.frames import decode_frame, encode_frame
 from protocol.messages import Blob, Done, Grant, Refuse
+from protocol.pacing import Pace
 from protocol.sending import SendChunk, Sending
 from protocol.spool import Partial, Spool
 from protocol.transfer import Action as ReceivingAction
-from protocol.transfer import Completed, GaveUp, Receiving, SendGrant
+from protocol.transfer import Completed, GaveUp, Receiving, SendGrant, StopListening
 
 AROUND_CHUNK_BYTES: Final = 512
 """What a packet holds beside its chunk, at most: the topic (256), MQTT's header and properties, the frame's own 12."""
 MIN_CHUNK_BYTES: Final = 1024
+N_VERIFYING: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +69,9 @@ class _Pull:
     blob: Blob
     size: int | None
     sha256: str
-    partial: Partial | None  # None once there is no file to write to
+    partial: Partial | None  # None while there is no file to write to
+    listening: bool
+    begun: bool = False
 
     def lost(self, reason: str, *, temporary: bool = True) -> Lost:
         return Lost(self.peer, self.blob, self.sha256, reason, temporary)
@@ -73,8 +80,9 @@ class _Pull:
 class Exchange:
     """All transfers of one daemon.
 
-    `say(peer, message)` publishes Grant, Done or Refuse; `chunk_topic(peer, xfer)` is where chunks for a peer go;
-    `source(xfer)` is the file behind an offered blob (None: gone); `outcome` is called in the event loop with each end.
+    `say(peer, message)` publishes Grant, Done or Refuse; `chunk_topic(peer, xfer)` is where chunks for a peer go, or for
+    EVERYONE; `blob_topic(xfer)` is where a broadcast is listened to; `source(xfer)` is the file behind an offered blob (None:
+    gone); `outcome` is called in the event loop with each end; `pace` caps what is sent.
     """
 
     def __init__(
@@ -88,15 +96,24 @@ class Exchange:
         chunk_topic: Callable[[str, str], str],
         source: Callable[[str], Path | None],
         outcome: Callable[[Outcome], Awaitable[None]],
+        blob_topic: Callable[[str], str] = str,
+        pace: Pace | None = None,
     ) -> None:
         self.sending = Sending()
+        self.broadcasts = Broadcasts()
+        self.pace = pace or Pace()
         self.receiving = receiving
         self.n_sent_bytes = 0
         self.max_packet_bytes = MQTT_MAX_PACKET_BYTES
         self._bus, self._spool, self._clock = bus, spool, clock
         self._say, self._chunk_topic, self._source, self._outcome = say, chunk_topic, source, outcome
         self._pulls: dict[tuple[str, str], _Pull] = {}
+        self._blob_topic = blob_topic
+        self._heard: set[str] = set()
+        self._ears = asyncio.Event()
         self._credit = asyncio.Event()
+        self._ending = asyncio.Lock()
+        self._is_turn_of_all = False
         self._ends: asyncio.Queue[tuple[_Pull, Lost | None]] = asyncio.Queue()
 
     def renew(self, *, reserve_bytes: int) -> None:
@@ -107,32 +124,73 @@ class Exchange:
         """Send what has credit and finish what is complete, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._send(), name="exchange.send")
-            tasks.create_task(self._finish(), name="exchange.finish")
+            for n in range(N_VERIFYING):
+                tasks.create_task(self._finish(), name=f"exchange.finish.{n}")
+            tasks.create_task(self._listen(), name="exchange.listen")
 
     # -------------------------------------------------------------------------------------------------------- pulling
 
-    def pull(self, peer: str, blob: Blob, *, size: int | None = None, sha256: str | None = None) -> None:
-        """Have `blob` (or its prefix of `size` bytes and digest `sha256`) from `peer`; asking twice is asking once."""
+    def pull(
+        self, peer: str, blob: Blob, *, size: int | None = None, sha256: str | None = None, listen: bool = False
+    ) -> None:
+        """Have `blob` (or its prefix of `size` bytes and digest `sha256`) from `peer`; asking twice is asking once.
+
+        `listen`: it may be broadcast, so that most of it need not be sent to us alone.
+        """
         known = self._pulls.get((peer, blob.xfer))
         if known is not None and (known.blob, known.size) == (blob, size):
             return
-        pull = self._pulls[peer, blob.xfer] = _Pull(peer, blob, size, sha256 or blob.sha256, partial=None)
+        pull = _Pull(peer, blob, size, sha256 or blob.sha256, partial=None, listening=listen)
+        self._pulls[peer, blob.xfer] = pull
+        if listen and blob.xfer not in self._heard:
+            self._ears.set()  # it begins when the broker knows of it, or the first chunks would be missed
+        else:
+            self._begin(pull)
+
+    def _begin(self, pull: _Pull) -> None:
+        pull.begun = True
+        peer, blob, now = pull.peer, pull.blob, self._clock()
         try:
-            pull.partial = self._spool.open(blob, size=size, owner=peer)
-            self._perform(self.receiving.open(peer, blob, self._clock(), size=size, have=pull.partial.have))
+            pull.partial = self._spool.open(blob, size=pull.size, owner=peer)
+            have, listening = pull.partial.have, pull.listening
+            self._perform(self.receiving.open(peer, blob, now, size=pull.size, have=have, listening=listening))
         except (BadMessage, Unavailable) as error:
-            self._perform(self.receiving.close(peer, blob.xfer, self._clock()))  # of another geometry, perhaps
+            self._perform(self.receiving.close(peer, blob.xfer, now))  # of another geometry, perhaps
             self._ends.put_nowait((pull, pull.lost(str(error), temporary=isinstance(error, Unavailable))))
+
+    async def _listen(self) -> None:
+        """Have the subscriptions be those of the pulls that listen."""
+        while True:
+            await self._ears.wait()
+            self._ears.clear()
+            listening = {pull.blob.xfer: pull for pull in self._pulls.values() if pull.listening}
+            for xfer in self._heard - set(listening):
+                self._heard.remove(xfer)
+                with suppress(BusError):
+                    await self._bus.unsubscribe(self._blob_topic(xfer))
+            for xfer, pull in listening.items():
+                try:
+                    if xfer not in self._heard:
+                        await self._bus.subscribe(self._blob_topic(xfer))
+                        self._heard.add(xfer)
+                except BusError:  # a broker that does not let us listen: it is pulled
+                    pull.listening = False
+                if not pull.begun and self._is_wanted(pull):
+                    self._begin(pull)
 
     def stop_pulling(self, peer: str, xfer: str) -> None:
         """Not wanted any more; what is on disk is thrown away."""
         pull = self._pulls.pop((peer, xfer), None)
         self._perform(self.receiving.close(peer, xfer, self._clock()))
+        self._ears.set()
         if pull and pull.partial:
             pull.partial.discard()
 
-    def chunk(self, peer: str, xfer: str, payload: bytes) -> None:
-        """A chunk frame arrived.  Raises BadMessage for a frame that is none; what nobody asked for is ignored."""
+    def chunk(self, peer: str, xfer: str, payload: bytes, *, heard: bool = False) -> None:
+        """A chunk frame arrived, `heard` in a broadcast or sent to us alone.
+
+        Raises BadMessage for a frame that is none; what nobody asked for is ignored.
+        """
         pull = self._pulls.get((peer, xfer))
         if pull is None or pull.partial is None:
             self.receiving.counts.n_stray += 1
@@ -145,7 +203,7 @@ class Exchange:
             self._perform(self.receiving.close(peer, xfer, self._clock()))
             self._ends.put_nowait((pull, pull.lost(str(error))))
             return
-        self._perform(self.receiving.chunk(peer, xfer, index, len(data), self._clock()))
+        self._perform(self.receiving.chunk(peer, xfer, index, len(data), self._clock(), heard=heard))
 
     def _perform(self, actions: list[ReceivingAction]) -> None:
         for action in actions:
@@ -154,18 +212,23 @@ class Exchange:
                     self._say(peer, grant)
                 case Completed(peer, xfer):
                     self._ends.put_nowait((self._pulls[peer, xfer], None))
+                case StopListening(peer, xfer):
+                    self._pulls[peer, xfer].listening = False
+                    self._ears.set()
                 case GaveUp(peer, xfer, reason):
                     pull = self._pulls[peer, xfer]
                     self._ends.put_nowait((pull, pull.lost(reason)))
 
     async def _finish(self) -> None:
-        """One at a time: verifying reads the whole file, and the disk is one."""
+        """One of a few: the disk writes while the next is hashed; what follows upon an end is for one at a time."""
         while True:
             pull, lost = await self._ends.get()
             end = lost or (await self._verified(pull) if self._is_wanted(pull) else None)
-            if end and self._is_wanted(pull):
-                del self._pulls[pull.peer, pull.blob.xfer]
-                await self._outcome(end)
+            async with self._ending:
+                if end and self._is_wanted(pull):
+                    del self._pulls[pull.peer, pull.blob.xfer]
+                    self._ears.set()
+                    await self._outcome(end)
 
     def _is_wanted(self, pull: _Pull) -> bool:
         """Not stopped, nor replaced by another geometry, since its end was noted."""
@@ -194,45 +257,84 @@ class Exchange:
 
     def granted(self, peer: str, grant: Grant) -> None:
         """A peer gave credit: send, or say that this blob is not here.  Raises BadMessage for impossible credit."""
-        if not self.sending.granted(peer, grant):
+        blob = self.sending.asked_of(peer, grant)
+        if blob is None:
             self._say(peer, Refuse(xfer=grant.xfer, reason="superseded: this blob is not offered here any more"))
+        elif grant.until:
+            self.broadcasts.granted(peer, blob, grant, self._clock())
+        else:
+            self.broadcasts.leave(peer, grant.xfer)
+            self.sending.granted(peer, grant)
         self._credit.set()
+
+    def announced(self, peer: str, blob: Blob) -> None:
+        """A peer is being told that it may listen to this blob, which is offered here."""
+        self.broadcasts.expect(peer, blob, self._clock())
 
     async def _send(self) -> None:
         while True:
-            await self._credit.wait()
             self._credit.clear()
-            while chunk := self.sending.next_chunk():
-                await self._send_chunk(chunk)
+            wait_s: float | None = self.pace.wait_s(self._clock())
+            if not wait_s:
+                if (chunk := self._next_chunk()) is not None:
+                    self.pace.take(chunk.length, self._clock())
+                    await self._send_chunk(chunk)
+                    continue
+                at = self.broadcasts.wake_at
+                wait_s = None if at is None else max(0.0, at - self._clock())
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._credit.wait()
+
+    def _next_chunk(self) -> SendChunk | None:
+        """Broadcasts and single peers in turn."""
+        self._is_turn_of_all = not self._is_turn_of_all
+        if self._is_turn_of_all:
+            return self.broadcasts.next_chunk(self._clock()) or self.sending.next_chunk()
+        return self.sending.next_chunk() or self.broadcasts.next_chunk(self._clock())
 
     async def _send_chunk(self, chunk: SendChunk) -> None:
         path = self._source(chunk.xfer)
         data = _read(path, chunk.offset, chunk.length) if path else b""
         if len(data) != chunk.length:
-            self.sending.remove(chunk.xfer)
-            self._say(chunk.peer, Refuse(xfer=chunk.xfer, reason="superseded: the file behind this blob is gone"))
+            self._withdraw(chunk, "superseded: the file behind this blob is gone")
             return
         try:
             topic = self._chunk_topic(chunk.peer, chunk.xfer)
             await self._bus.publish(topic, encode_frame(chunk.index, data), qos=0)
             self.n_sent_bytes += len(data)
         except NotConnected:
-            self.sending.reset()  # all credit is void; the receiver grants again on the new connection
+            self._void()  # the receiver grants again on the new connection
         except BusError as error:
-            self.sending.remove(chunk.xfer)
-            self._say(chunk.peer, Refuse(xfer=chunk.xfer, reason=f"the broker does not take its chunks: {error}"))
+            self._withdraw(chunk, f"the broker does not take its chunks: {error}")
+
+    def _withdraw(self, chunk: SendChunk, reason: str) -> None:
+        """Offer a blob no longer; whoever listens is told so when it asks for more."""
+        self.sending.remove(chunk.xfer)
+        self.broadcasts.remove(chunk.xfer)
+        if chunk.peer != EVERYONE:
+            self._say(chunk.peer, Refuse(xfer=chunk.xfer, reason=reason))
+
+    def _void(self) -> None:
+        self.sending.reset()
+        self.broadcasts.reset()
 
     # ----------------------------------------------------------------------------------------------------------- time
 
     def connected(self) -> None:
         """The bus is new: all credit, given and had, is void."""
-        self.sending.reset()
+        self._void()
         self._perform(self.receiving.reset(self._clock()))
 
     def peer_reborn(self, peer: str) -> None:
         """A peer restarted and has forgotten the credit it had."""
-        self.sending.drop_peer(peer)
+        self.peer_left(peer)
         self._perform(self.receiving.reset(self._clock(), peer))
+
+    def peer_left(self, peer: str) -> None:
+        """A peer is gone: nothing is sent to it, and nobody waits for it."""
+        self.sending.drop_peer(peer)
+        self.broadcasts.leave(peer)
 
     def tick(self) -> None:
         """Handle what time alone made due; see `wake_at`."""

@@ -24,6 +24,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
+def give_to_folder(path: Path) -> None:
+    """What root makes in a daemon's folder is the daemon's.  Raises OSError."""
+    if os.geteuid() == 0:
+        owner = path.parent.stat()
+        os.chown(path, owner.st_uid, owner.st_gid)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` durable: a rename is not until its folder is."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -59,7 +59,7 @@ def entries_of(adapter: Adapter) -> list[Entry]:
 
 def pack_header(header: Header) -> bytes:
     """The header as one msgpack map."""
-    packed: bytes = msgpack.packb(msgspec.to_builtins(header), use_bin_type=True)
+    packed: bytes = msgpack.packb(msgspec.to_builtins(header, builtin_types=(bytes,)), use_bin_type=True)
     return packed
 
 

@@ -34,6 +34,7 @@ Rank = Annotated[int, Meta(ge=1, le=1024)]
 Chunk = Annotated[int, Meta(ge=1024, le=4 * 2**20)]
 Bits = Literal["none", "int8", "nf4"]
 Wire = Literal["fp32", "fp16", "bf16"]
+UpdateDtype = Literal["fp32", "fp16", "bf16", "int8", "nf4"]
 MAX_MATRICES: Final = 20_000
 
 
@@ -75,6 +76,13 @@ class Blob(Value, frozen=True, kw_only=True):
         return -(-self.size // self.chunk)
 
 
+class Energy(Value, frozen=True, kw_only=True):
+    """What a share took of the device that trained: measured there, or declared as its owner's figure times the time."""
+
+    joules: Annotated[float, Meta(ge=0, le=10**12)]
+    source: Literal["measured", "declared"]
+
+
 class Offer(Message, frozen=True, kw_only=True, tag="offer"):
     """An agent has an update for a round; the coordinator pulls it (Grant), has it already (Done) or declines (Refuse)."""
 
@@ -90,6 +98,7 @@ class Offer(Message, frozen=True, kw_only=True, tag="offer"):
     peak_bytes: Count = 0
     bytes_down: Count = 0
     stopped: Text = ""
+    energy: Energy | None = None
 
 
 class Grant(Message, frozen=True, kw_only=True, tag="grant"):
@@ -97,6 +106,8 @@ class Grant(Message, frozen=True, kw_only=True, tag="grant"):
 
     xfer: Xfer
     ranges: Annotated[list[tuple[Count, Annotated[int, Meta(ge=1, le=4096)]]], Meta(min_length=1, max_length=256)]
+    until: Count = 0
+    """Above 0: they may come as a broadcast, to which the receiver listens up to this chunk."""
 
 
 class Done(Message, frozen=True, kw_only=True, tag="done"):
@@ -169,6 +180,8 @@ class Report(Message, frozen=True, kw_only=True, tag="report"):
     up_bytes_per_s: Annotated[float, Meta(ge=0, le=10**15)] = 0.0
     down_bytes_per_s: Annotated[float, Meta(ge=0, le=10**15)] = 0.0
     bits: Annotated[list[Bits], Meta(max_length=3)] = []
+    update_dtypes: Annotated[list[UpdateDtype], Meta(max_length=5)] = []
+    """What updates can be sent in beside fp32, fp16 and bf16."""
     allowance: Allowance | None = None
     notes: Annotated[list[Text], Meta(max_length=16)] = []
 
@@ -320,6 +333,7 @@ class Execution(Message, frozen=True, kw_only=True, tag="exec"):
     surveyed: Surveyed | None = None
     calibrated: Calibrated | None = None
     evaluated: Evaluated | None = None
+    energy: Energy | None = None
 
 
 # ------------------------------------------------------------------------------------------------ coordinator's wishes
@@ -401,6 +415,8 @@ class Plan(Message, frozen=True, kw_only=True, tag="plan"):
     bits: Bits = "nf4"
     version: Count = 0
     model: Blob | None = None
+    broadcast: bool = False
+    """The model can be listened to on its `c/blob` topic."""
     ranks: Annotated[dict[Name, Rank], Meta(max_length=MAX_MATRICES)] = {}
     alpha: Annotated[float, Meta(gt=0, le=1024)] = 2.0
     train: Training | None = None
@@ -408,7 +424,9 @@ class Plan(Message, frozen=True, kw_only=True, tag="plan"):
     """Peak memory that the planner expects of this share; 0 when it did not plan it."""
     evaluate: Evaluation | None = None
     calibration: Calibration | None = None
-    update_dtype: Wire = "bf16"
+    update_dtype: UpdateDtype = "bf16"
+    kept_energy_ratio: Ratio = 1.0
+    """Share of the squared norm of each matrix's change that the update must hold; components beyond it stay here."""
     max_update_bytes: Count = 0
     issued_at: Instant
     stop_after_s: Seconds
@@ -416,12 +434,16 @@ class Plan(Message, frozen=True, kw_only=True, tag="plan"):
 
 
 class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
-    """Stop this share of a round now; nothing of it is wanted any more."""
+    """Stop this share of a round now; nothing of it is wanted any more.
+
+    With `keep` the round will be attempted again: an agent keeps its training as a checkpoint and hands in what cannot be kept.
+    """
 
     job: Id
     round: Count
     attempt: Count
     reason: Text = ""
+    keep: bool = False
 
 
 class Rebirth(Message, frozen=True, kw_only=True, tag="rebirth"):

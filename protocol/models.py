@@ -13,8 +13,9 @@ against its own digest, and all of them listen to one broadcast.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, Final, Literal
+from typing import BinaryIO, Final, Literal, TypeAlias
 
 import numpy as np
 
@@ -26,6 +27,10 @@ from protocol.messages import Count, Level, Wire
 from protocol.tensors import F32
 
 MODEL: Final = "model"
+_FEW_VALUES: Final = 2**18
+
+_Line: TypeAlias = tuple[Entry, F32]
+"""A row of A or a column of B, and whose it is."""
 
 
 class ModelHeader(Header, frozen=True, kw_only=True):
@@ -88,6 +93,45 @@ def open_model(path: Path, *, max_bytes: int) -> tuple[ModelHeader, list[int]]:
     return header, ends
 
 
+class StoredModel(Mapping[str, Factors]):
+    """The adapter in a model file, one matrix at a time: read when it is asked for, and not kept.
+
+    Matrices without a component are left out.  Reading raises BadUpdate for a value that is not finite, and OSError.
+    """
+
+    def __init__(self, path: Path, *, max_bytes: int) -> None:
+        """Read the header and the places.  Raises BadUpdate as `open_model`, OSError."""
+        self._path = path
+        self._header, ends = open_model(path, max_bytes=max_bytes)
+        self._places: dict[str, tuple[Entry, list[int]]] = {e.name: (e, []) for e in self._header.matrices if e.rank}
+        for rank, at in enumerate(ends[:-1], start=1):
+            for entry in _members(self._header, rank):
+                self._places[entry.name][1].append(at)
+                at += sum(entry.shape) * tensors.ITEM_BYTES[self._header.dtype]  # noqa: PLW2901 - goes along the level
+
+    def __getitem__(self, name: str) -> Factors:
+        """Both factors of one matrix in float32."""
+        entry, places = self._places[name]
+        found = _empty(entry, len(places))
+        with self._path.open("rb") as file:
+            for row, column, at in zip(found.a, found.b.T, places, strict=True):
+                file.seek(at)
+                _fill([(entry, row), (entry, column)], file, self._header.dtype)
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the model has it, without reading it."""
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        """The names."""
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        """How many matrices there are."""
+        return len(self._places)
+
+
 def _members(header: ModelHeader, rank: int) -> list[Entry]:
     return [entry for entry in header.matrices if entry.rank >= rank]
 
@@ -97,26 +141,55 @@ def _empty(entry: Entry, rank: int) -> Factors:
     return Factors(a=np.empty((kept, entry.d_in), np.float32), b=np.empty((entry.d_out, kept), np.float32))
 
 
+def _lines(header: ModelHeader, adapter: Adapter, rank: int) -> list[_Line]:
+    """What a level holds, as views of the adapter in the order of the file."""
+    found = [(entry, adapter[entry.name]) for entry in _members(header, rank)]
+    return [(entry, line) for entry, f in found for line in (f.a[rank - 1], f.b[:, rank - 1])]
+
+
+def _few(lines: Iterable[_Line]) -> Iterator[list[_Line]]:
+    """Runs of lines that are short together: to encode and to look at many small ones one by one would take longer."""
+    few: list[_Line] = []
+    n_values = 0
+    for entry, line in lines:
+        if few and n_values + line.size > _FEW_VALUES:
+            yield few
+            few, n_values = [], 0
+        few.append((entry, line))
+        n_values += line.size
+    if few:
+        yield few
+
+
 def _level(header: ModelHeader, adapter: Adapter, rank: int) -> bytes:
-    parts = []
-    for entry in _members(header, rank):
-        factors = adapter[entry.name]
-        for line in (factors.a[rank - 1], factors.b[:, rank - 1]):
-            parts.append(tensors.encode(line, header.dtype))
-            _check_finite(entry, tensors.decode(parts[-1], line.shape, header.dtype))
-    return b"".join(parts)
+    blocks = []
+    for few in _few(_lines(header, adapter, rank)):
+        values = np.concatenate([line for _, line in few])
+        blocks.append(tensors.encode(values, header.dtype))
+        _check_finite(few, tensors.decode(blocks[-1], values.shape, header.dtype))
+    return b"".join(blocks)
 
 
 def _read_level(file: BinaryIO, header: ModelHeader, rank: int, into: Adapter) -> None:
-    item_bytes = tensors.ITEM_BYTES[header.dtype]
-    for entry in _members(header, rank):
-        row = tensors.decode(file.read(entry.d_in * item_bytes), (entry.d_in,), header.dtype)
-        column = tensors.decode(file.read(entry.d_out * item_bytes), (entry.d_out,), header.dtype)
-        _check_finite(entry, row)
-        _check_finite(entry, column)
-        into[entry.name].a[rank - 1], into[entry.name].b[:, rank - 1] = row, column
+    for few in _few(_lines(header, into, rank)):
+        _fill(few, file, header.dtype)
 
 
-def _check_finite(entry: Entry, values: F32) -> None:
-    if not np.isfinite(values).all():
-        raise BadUpdate(f"matrix {entry.name!r} of the model has values that are not finite numbers")
+def _fill(few: list[_Line], file: BinaryIO, dtype: Wire) -> None:
+    """Read lines that lie one behind the other in the file."""
+    n_values = sum(line.size for _, line in few)
+    values = tensors.decode(file.read(n_values * tensors.ITEM_BYTES[dtype]), (n_values,), dtype)
+    _check_finite(few, values)
+    at = 0
+    for _, line in few:
+        line[:] = values[at : at + line.size]
+        at += line.size
+
+
+def _check_finite(few: list[_Line], values: F32) -> None:
+    """`values` are those of the lines, one behind the other."""
+    if np.isfinite(values).all():
+        return
+    ends = np.cumsum([line.size for _, line in few])
+    entry, _ = few[int(np.searchsorted(ends, np.argmin(np.isfinite(values)), side="right"))]
+    raise BadUpdate(f"matrix {entry.name!r} of the model has values that are not finite numbers")

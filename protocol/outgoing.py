@@ -19,10 +19,13 @@ from protocol import codec
 from protocol.bus import Bus, BusError, NotConnected, Will
 from protocol.daemon import OncePer
 from protocol.errors import BadMessage
-from protocol.messages import Body
+from protocol.messages import Body, Grant, Progress
 
 IN_FLIGHT: Final = 20
 """As many as a broker takes by default (its Receive Maximum); a smaller limit holds them back in the client."""
+FLEETING: Final = (Grant, Progress)
+"""Said at QoS 0: one that is lost is made up for by the next.  A broker may let through one message of QoS 1 per round trip,
+and credit that waits for its turn runs out before it is given."""
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +50,14 @@ class Outgoing:
         """The words for the case that we vanish."""
         return Will(topic, self._seal(topic, self.encode(body)))
 
-    def say(self, topic: str, body: Body, *, qos: int = 1, retain: bool = False) -> None:
+    def say(self, topic: str, body: Body, *, retain: bool = False) -> None:
         """Publish a message after everything said before.  One that no receiver would take is named in the log instead."""
         try:
             payload = self._seal(topic, self.encode(body))
         except BadMessage as error:
             logger.error("not said: %s", error, extra={"action": "publish_refused", "topic": topic})
             return
-        self._queue.put_nowait((topic, payload, qos, retain))
+        self._queue.put_nowait((topic, payload, 0 if isinstance(body, FLEETING) else 1, retain))
 
     def clear(self, topic: str) -> None:
         """Remove what is retained on a topic."""

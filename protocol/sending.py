@@ -69,18 +69,24 @@ class Sending:
     def __contains__(self, xfer: str) -> bool:
         return xfer in self._blobs
 
-    def granted(self, peer: str, grant: Grant) -> bool:
-        """Queue what `peer` asks for; False if that blob is not here (the shell answers Refuse).
+    def asked_of(self, peer: str, grant: Grant) -> Blob | None:
+        """The blob that this credit is for, None if it is not here.
 
-        Raises BadMessage for chunks that do not exist or more than MAX_GRANT_CHUNKS of them; nothing is queued then.
+        Raises BadMessage for chunks that do not exist or more than MAX_GRANT_CHUNKS of them.
         """
         blob = self._blobs.get(grant.xfer)
         if blob is None:
-            return False
+            return None
         if any(first + n > blob.n_chunks for first, n in grant.ranges):
             raise BadMessage(f"{peer} grants chunks beyond the {blob.n_chunks} of {grant.xfer}")
         if sum(n for _, n in grant.ranges) > MAX_GRANT_CHUNKS:
             raise BadMessage(f"{peer} grants more than {MAX_GRANT_CHUNKS} chunks at once")
+        return blob
+
+    def granted(self, peer: str, grant: Grant) -> bool:
+        """Queue what `peer` asks for; False if that blob is not here (the shell answers Refuse).  Raises as `asked_of`."""
+        if self.asked_of(peer, grant) is None:
+            return False
         queue = self._pending.get(peer)
         if queue is None:
             queue = self._pending[peer] = OrderedDict()

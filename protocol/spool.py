@@ -19,6 +19,7 @@ import hashlib
 import os
 import shutil
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -36,6 +37,8 @@ from protocol.topics import is_id, is_xfer
 _HEADER = struct.Struct(">4s32sQI")  # magic, sha256, size, chunk
 _RECORD = struct.Struct(">II")  # index, crc32c
 _MAGIC: Final = b"fpl1"
+_NAMES: Final = threading.Lock()
+"""Held while partial files are made, deleted or given to the store: they are verified in a thread, and may be given up meanwhile."""
 
 
 class Partial:
@@ -53,7 +56,7 @@ class Partial:
         self._data = blobs.partial / f"{stem}.data"
         self._log = blobs.partial / f"{stem}.log"
         self._log_bytes = 0
-        with disk(blobs.folder):
+        with disk(blobs.folder), _NAMES:
             self._resume()
 
     def write(self, index: int, data: bytes | memoryview) -> bool:
@@ -84,23 +87,28 @@ class Partial:
         if not self.have.complete:
             raise IllegalMove(f"{self.blob.xfer}: finished with {len(self.have) - self.have.count} chunks missing")
         expected = self.blob.sha256 if sha256 is None else sha256
-        with disk(self._blobs.folder):
-            os.truncate(self._data, self.size)
-            with self._data.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+        with disk(self._blobs.folder), self._data.open("rb+") as file:
+            file.truncate(self.size)
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+            with _NAMES:
+                if not os.path.samestat(os.fstat(file.fileno()), self._data.stat()):
+                    raise Unavailable(f"{self.blob.xfer} was given up and begun anew while it was verified")
+                if found == expected:
+                    self._blobs.adopt(self._data, found)
+                else:
+                    self._data.unlink()
+                with suppress(OSError):  # without its data the log says nothing
+                    self._log.unlink(missing_ok=True)
         if found != expected:
-            self.discard()
             raise BadMessage(
                 f"{self.blob.xfer} arrived with digest {found[:16]}.. instead of {expected[:16]}..: ask again"
             )
-        self._blobs.adopt(self._data, found)
-        with suppress(OSError):  # without its data the log says nothing
-            self._log.unlink(missing_ok=True)
         return self._blobs.path(found)
 
     def discard(self) -> None:
         """Delete everything of this transfer; what the disk does not let go is swept later."""
-        with suppress(OSError):
+        with suppress(OSError), _NAMES:
             self._log.unlink(missing_ok=True)
             self._data.unlink(missing_ok=True)
 
@@ -113,6 +121,7 @@ class Partial:
         log = self._log.read_bytes() if self._log.exists() else b""
         self._log_bytes = _HEADER.size
         if log[: _HEADER.size] != header:
+            self._data.unlink(missing_ok=True)  # what was begun before may be just being verified: it is another file
             self._data.write_bytes(b"")
             self._log.write_bytes(header)
             return

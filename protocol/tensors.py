@@ -30,7 +30,7 @@ ITEM_BYTES: Final[dict[Wire, int]] = {"fp32": 4, "fp16": 2, "bf16": 2}
 def size_bytes(shape: tuple[int, ...], dtype: Wire) -> int:
     """How many bytes an array of `shape` takes.  Raises BadUpdate for a shape that is out of bounds."""
     n_bytes = math.prod(shape) * ITEM_BYTES[dtype]
-    if any(not 0 <= d <= MAX_DIMENSION for d in shape) or n_bytes > MAX_TENSOR_BYTES:
+    if not 0 <= min(shape, default=0) <= max(shape, default=0) <= MAX_DIMENSION or n_bytes > MAX_TENSOR_BYTES:
         raise BadUpdate(f"shape {shape} is out of bounds: at most {MAX_DIMENSION} each and {MAX_TENSOR_BYTES} bytes")
     return n_bytes
 

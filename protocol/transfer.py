@@ -27,12 +27,16 @@ neither is here already.  From this follow the rules:
 - A peer that could use credit stands in one queue, `_hungry`; it is served in turn, by a batch, and goes to the back.  When
   the budget is used up the queue waits for the next byte that comes free: a chunk, a timeout, a transfer that ends.
 - Time is counted per transfer and only while something is out: any new chunk restarts it, waiting for budget is not the
-  peer's fault.  When it runs out, everything out is wanted again, the peer's window is halved (it grows by one per window
-  that works) and the patience doubles.  `max_tries` of that in a row without a single new chunk: given up, with a reason.
+  peer's fault.  When it runs out, everything out is wanted again, the peer's window is halved
+  and the patience doubles.  `max_tries` of that in a row without a single new chunk: given up, with a reason.
+- A long link needs a longer window: it follows the link, between `window` and `max_window` (protocol/windows.py), and does not
+  outgrow its peer's share of the budget.
 - A chunk that arrives after its timer is as good as any other: it is taken from `wanted` and never asked for again.
 - Patience follows the pace of the link (four mean gaps between chunks), so that a slow link is not asked for everything twice.
 - A new connection voids all credit (`reset`): what was under way at QoS 0 is gone.
-- A transfer may first listen to a broadcast of its blob: it then gives credit only after `listen_s` of silence.
+- A transfer may listen to a broadcast of its blob (protocol/broadcast.py).  Its credit then says so, and goes on ahead of
+  what is heard; a chunk that was passed over is a gap, asked for when the rest is here.  A listener that is sent more than
+  the budget without having asked for it cannot keep up, and one that hears nothing is deaf: both stop listening and pull.
 
 The shell's duties: write a chunk (Partial.write) before it reports it here; call `tick` only while connected and after its
 own receive queue is empty, or our own slowness would look like the peer's; perform the actions in order.  Every call is O(1)
@@ -52,9 +56,13 @@ from protocol.bitmap import Bitmap
 from protocol.errors import BadMessage
 from protocol.frames import chunk_length, n_prefix_chunks
 from protocol.messages import Blob, Grant
+from protocol.pacing import Pace
+from protocol.windows import Credit, Window
 
 MAX_WINDOW: Final = 256
 """Chunks in flight to one peer; so also the most that one grant may name."""
+DEAF_TRIES: Final = 2
+"""Silences in a row after which a broadcast that was heard before is taken for ended; one that never was heard: the first."""
 
 
 class SendGrant(msgspec.Struct, frozen=True):
@@ -79,7 +87,14 @@ class GaveUp(msgspec.Struct, frozen=True):
     reason: str
 
 
-Action = SendGrant | Completed | GaveUp
+class StopListening(msgspec.Struct, frozen=True):
+    """The broadcast of this open transfer is of no use here: it is pulled from now on."""
+
+    peer: str
+    xfer: str
+
+
+Action = SendGrant | Completed | GaveUp | StopListening
 
 
 @dataclass(slots=True)
@@ -102,7 +117,7 @@ class _Peer:
     """One sender: its window, what it owes over all its transfers, and their turn."""
 
     name: str
-    window: float
+    window: Window
     n_out: int = 0
     hungry: bool = False  # stands in the queue
     turn: deque[_Transfer] = field(default_factory=deque)
@@ -110,7 +125,7 @@ class _Peer:
     def next(self) -> _Transfer | None:
         """The first in turn that wants credit; it is brought to the front."""
         for _ in range(len(self.turn)):
-            if self.turn[0].wanted.count and not self.turn[0].listen_s:
+            if self.turn[0].wanted.count:
                 return self.turn[0]
             self.turn.rotate(-1)
         return None
@@ -124,11 +139,13 @@ class _Transfer:
     blob: Blob
     size: int | None
     wanted: Bitmap
-    listen_s: float  # while above 0 a broadcast is awaited and no credit given
+    listening: bool
     moved_at: float  # last new chunk, or first credit
     unit_bytes: int  # what a chunk is charged at
-    out: set[int] = field(default_factory=set)
-    from_index: int = 0  # nothing is wanted below
+    out: dict[int, Credit] = field(default_factory=dict)
+    from_index: int = 0  # where to ask on; at the end once more from the first that is wanted
+    front: int = 0  # behind the last chunk that the broadcast has come to
+    overrun_bytes: int = 0
     tries: int = 0
     pace_s: float = 0.0  # mean gap between chunks
 
@@ -143,24 +160,29 @@ class Receiving:
         self,
         *,
         window: int = 8,
+        max_window: int | None = None,
         budget_bytes: int = 32 * 2**20,
         timeout_s: float = 5.0,
         max_timeout_s: float = 60.0,
         max_tries: int = 8,
+        pace: Pace | None = None,
     ) -> None:
-        assert 1 <= window <= MAX_WINDOW
+        assert 1 <= window <= (max_window or window) <= MAX_WINDOW
         assert 0 < timeout_s <= max_timeout_s
         self.window = window
+        self.max_window = max_window or window
         self.budget_bytes = budget_bytes
         self.timeout_s = timeout_s
         self.max_timeout_s = max_timeout_s
         self.max_tries = max_tries
+        self.pace = pace or Pace()
         self.out_bytes = 0
         self.counts = Counts()
         self._peers: dict[str, _Peer] = {}
         self._open: dict[tuple[str, str], _Transfer] = {}
         self._hungry: deque[_Peer] = deque()
         self._alarms: Alarms[_Transfer] = Alarms()
+        self._paced_until: float | None = None
 
     def open(
         self,
@@ -170,9 +192,11 @@ class Receiving:
         *,
         size: int | None = None,
         have: Bitmap | None = None,
-        listen_s: float = 0.0,
+        listening: bool = False,
     ) -> list[Action]:
         """Begin (or go on) to pull `blob`, or its first `size` bytes, from `peer`; `have` are the chunks on disk.
+
+        `listening` says that a broadcast of it is subscribed to.
 
         Repeating the same open changes nothing; another geometry under the same name replaces it.  Raises BadMessage for
         a blob that cannot be pulled at all.  Whether its size is acceptable is for the caller to know.
@@ -191,17 +215,18 @@ class Receiving:
         wanted = Bitmap(n, full=True) if have is None else have.inverted()
         if not wanted.count:
             return [Completed(peer, blob.xfer), *self._serve(now)]
-        source = self._peers.setdefault(peer, _Peer(peer, self.window))
-        transfer = _Transfer(source, blob, size, wanted, listen_s, now, min(blob.chunk, blob.size))
+        source = self._peers.setdefault(peer, _Peer(peer, Window(self.window, self.max_window)))
+        transfer = _Transfer(source, blob, size, wanted, listening, now, min(blob.chunk, blob.size))
         self._open[peer, blob.xfer] = transfer
         source.turn.append(transfer)
-        if listen_s:
-            self._arm(transfer, now)
         self._want(source)
         return self._serve(now)
 
-    def chunk(self, peer: str, xfer: str, index: int, n_bytes: int, now: float) -> list[Action]:
-        """A chunk arrived and is written.  What nobody needs is counted and changes nothing."""
+    def chunk(self, peer: str, xfer: str, index: int, n_bytes: int, now: float, *, heard: bool = False) -> list[Action]:
+        """A chunk arrived and is written, `heard` in a broadcast or sent to us alone.
+
+        What nobody needs is counted and changes nothing.
+        """
         transfer = self._open.get((peer, xfer))
         if transfer is None:
             self.counts.n_stray += 1
@@ -209,35 +234,38 @@ class Receiving:
         if n_bytes < 1 or n_bytes != chunk_length(transfer.blob, index):
             self.counts.n_bad += 1
             return []
-        if index in transfer.out:
-            transfer.out.remove(index)
-            transfer.peer.n_out -= 1
+        actions = self._heard(transfer, index) if heard and transfer.listening else []
+        source = transfer.peer
+        if (credit := transfer.out.pop(index, None)) is not None:
+            source.n_out -= 1
             self.out_bytes -= transfer.unit_bytes
         elif transfer.wanted.discard(index):
             self.counts.n_unasked += 1
         else:
             self.counts.n_unneeded += 1
-            return []
-        source = transfer.peer
-        source.window = min(self.window, source.window + 1 / source.window)
+            self._want(source)  # it may have been passed over
+            return [*actions, *self._serve(now)] if self._hungry else actions
+        share = self.budget_bytes / (transfer.unit_bytes * len(self._peers))
+        source.window.arrived(credit, now, share)
         self.counts.n_chunks += 1
         self.counts.n_bytes += n_bytes
         self._moved(transfer, now)
         if not transfer.out and not transfer.wanted.count:
             self._remove(transfer)
-            return [Completed(peer, xfer), *self._serve(now)]
+            return [*actions, Completed(peer, xfer), *self._serve(now)]
         self._want(source)
-        return self._serve(now) if self._hungry else []
+        return [*actions, *self._serve(now)] if self._hungry else actions
 
     def tick(self, now: float) -> list[Action]:
         """Handle the timers that ran out; see `wake_at`."""
+        self._paced_until = None
         given_up = [action for transfer in self._alarms.ring(now) for action in self._expire(transfer)]
         return given_up + self._serve(now)
 
     @property
     def wake_at(self) -> float | None:
         """When to call `tick` at the latest; it may find that nothing is due yet, and moves this on."""
-        return self._alarms.wake_at
+        return min((at for at in (self._alarms.wake_at, self._paced_until) if at is not None), default=None)
 
     def close(self, peer: str, xfer: str, now: float) -> list[Action]:
         """Stop wanting this transfer (nothing happens if it is not open); its credit serves the others."""
@@ -258,9 +286,9 @@ class Receiving:
         for source in self._peers.values():
             if peer not in {None, source.name}:
                 continue
-            source.window = self.window
+            source.window.reset()
             for transfer in source.turn:
-                transfer.tries = 0
+                transfer.tries = transfer.overrun_bytes = 0
                 self._void(transfer)
             self._want(source)
         return self._serve(now)
@@ -278,7 +306,7 @@ class Receiving:
 
     def _want(self, peer: _Peer) -> None:
         """Queue a peer that has half of its window free: a smaller batch would not be worth a grant."""
-        if not peer.hungry and 2 * peer.n_out <= peer.window:
+        if not peer.hungry and 2 * peer.n_out <= peer.window.size:
             peer.hungry = True
             self._hungry.append(peer)
 
@@ -287,9 +315,12 @@ class Receiving:
         while self._hungry:
             peer = self._hungry[0]
             transfer = peer.next()
-            room = int(peer.window) - peer.n_out
+            room = int(peer.window.size) - peer.n_out
             if transfer is not None and room > 0:
-                ask = min(room, transfer.wanted.count)
+                if (pause_s := self.pace.wait_s(now)) > 0:
+                    self._paced_until = now + pause_s
+                    break
+                ask = min(room, transfer.wanted.count, self.pace.most(now, transfer.unit_bytes))
                 n = min(ask, (self.budget_bytes - self.out_bytes) // transfer.unit_bytes)
                 if n < min(ask, max(1, self.budget_bytes // (2 * transfer.unit_bytes))):
                     break  # it stays first in the queue until a batch fits
@@ -300,20 +331,54 @@ class Receiving:
                 self._want(peer)
         return actions
 
-    def _grant(self, transfer: _Transfer, n: int, now: float) -> SendGrant:
+    def _grant(self, transfer: _Transfer, asked: int, now: float) -> SendGrant:
         peer = transfer.peer
         if not transfer.out:
             transfer.moved_at = now
-        ranges = transfer.wanted.take(n, transfer.from_index)
+        ranges = transfer.wanted.take(asked, transfer.from_index)
+        n = sum(length for _, length in ranges)
+        if not n:
+            transfer.from_index = 0
+            return self._grant(transfer, asked, now)
+        credit = peer.window.credit(now)
         for first, length in ranges:
-            transfer.out.update(range(first, first + length))
+            transfer.out.update(dict.fromkeys(range(first, first + length), credit))
             transfer.from_index = first + length
         peer.n_out += n
         self.out_bytes += n * transfer.unit_bytes
         peer.turn.rotate(-1)
+        self.pace.take(n * transfer.unit_bytes, now)
         self._arm(transfer, now)
         self.counts.n_grants += 1
-        return SendGrant(peer.name, Grant(xfer=transfer.blob.xfer, ranges=ranges))
+        until = len(transfer.wanted) if transfer.listening else 0
+        return SendGrant(peer.name, Grant(xfer=transfer.blob.xfer, ranges=ranges, until=until))
+
+    def _heard(self, transfer: _Transfer, index: int) -> list[Action]:
+        """The broadcast has come to `index`: what it passed over is a gap, and credit goes on behind it."""
+        if index < transfer.front:
+            return []
+        in_order = index == transfer.front
+        passed = [] if in_order else [out for out in transfer.out if transfer.front <= out < index]
+        for gap in passed:
+            del transfer.out[gap]
+            transfer.wanted.add(gap)
+        transfer.peer.n_out -= len(passed)
+        self.out_bytes -= len(passed) * transfer.unit_bytes
+        self.counts.n_voided += len(passed)
+        if not transfer.out:
+            self._alarms.cancel(transfer)
+        transfer.front = index + 1
+        if index in transfer.out:
+            transfer.overrun_bytes = 0
+            return []
+        transfer.from_index = max(transfer.from_index, index + 1)
+        transfer.overrun_bytes += transfer.unit_bytes
+        return self._stop_listening(transfer) if transfer.overrun_bytes > self.budget_bytes else []
+
+    def _stop_listening(self, transfer: _Transfer) -> list[Action]:
+        transfer.listening = False
+        transfer.from_index = 0
+        return [StopListening(transfer.peer.name, transfer.blob.xfer)]
 
     def _void(self, transfer: _Transfer) -> None:
         """Take back all credit of a transfer: what is out is wanted again."""
@@ -328,12 +393,10 @@ class Receiving:
         transfer.peer.n_out -= len(transfer.out)
         self.out_bytes -= len(transfer.out) * transfer.unit_bytes
         transfer.out.clear()
-        if not transfer.listen_s:
-            self._alarms.cancel(transfer)
+        self._alarms.cancel(transfer)
 
     def _remove(self, transfer: _Transfer) -> None:
         self._release(transfer)
-        self._alarms.cancel(transfer)
         peer = transfer.peer
         del self._open[peer.name, transfer.blob.xfer]
         peer.turn.remove(transfer)
@@ -351,27 +414,24 @@ class Receiving:
         transfer.pace_s += (gap_s - transfer.pace_s) / (8 if transfer.pace_s else 1)
         transfer.moved_at = now
         transfer.tries = 0
-        if transfer.out or transfer.listen_s:
+        if transfer.out:
             self._arm(transfer, now)
         else:
             self._alarms.cancel(transfer)
 
     def _arm(self, transfer: _Transfer, now: float) -> None:
         patience_s = max(self.timeout_s, 4 * transfer.pace_s) * 2**transfer.tries
-        self._alarms.set(transfer, now + (transfer.listen_s or min(patience_s, self.max_timeout_s)))
+        self._alarms.set(transfer, now + min(patience_s, self.max_timeout_s))
 
     def _expire(self, transfer: _Transfer) -> list[Action]:
         peer = transfer.peer
-        if transfer.listen_s:
-            transfer.listen_s = 0.0
-            self._want(peer)
-            return []
         transfer.tries += 1
-        peer.window = max(1, peer.window / 2)
+        peer.window.silent()
         self._void(transfer)
         if transfer.tries < self.max_tries:
             self._want(peer)
-            return []
+            is_deaf = transfer.listening and (not transfer.front or transfer.tries >= DEAF_TRIES)
+            return self._stop_listening(transfer) if is_deaf else []
         n, size = transfer.wanted.count, transfer.unit_bytes
         hint = "" if transfer.pace_s else f": does the broker pass on chunks of {size} bytes?  See broker.chunk_bytes"
         self._remove(transfer)
@@ -387,14 +447,13 @@ class Receiving:
         assert len(set(map(id, self._hungry))) == len(self._hungry)
         for name, peer in self._peers.items():
             assert peer.turn
-            assert peer.n_out == sum(len(t.out) for t in peer.turn) <= self.window
-            assert 1 <= peer.window <= self.window
-            starving = peer.next() is not None and 2 * peer.n_out <= peer.window
+            assert peer.n_out == sum(len(t.out) for t in peer.turn) <= self.max_window
+            assert 1 <= peer.window.size <= self.max_window
+            starving = peer.next() is not None and 2 * peer.n_out <= peer.window.size
             assert peer.hungry or not starving, f"{name} could use credit and nobody knows"
         if self._hungry:
-            assert self.out_bytes, "somebody waits although nothing is out"
+            assert self.out_bytes or self._paced_until, "somebody waits although nothing is out"
         for transfer in self._open.values():
             assert transfer.wanted.count or transfer.out
-            assert all(first >= transfer.from_index for first, _ in transfer.wanted.runs())
             assert not any(index in transfer.wanted for index in transfer.out)
-            assert bool(transfer.out or transfer.listen_s) == (transfer in self._alarms), "a timer for nothing, or none"
+            assert bool(transfer.out) == (transfer in self._alarms), "a timer for nothing, or none"

@@ -1,8 +1,11 @@
 """Update files: what an agent hands in after a round, as a stream of msgpack objects that any msgpack reader can follow.
 
     {v, kind, job, round, attempt, dtype, matrices: [[name, rank, d_out, d_in], ...],              the header, one map
-     scores: [[float, ...], ...] (optional: importance of the rank-1 triplets of each matrix, descending)}
+     scores: [bf16 values, ...] (optional: importance of the rank-1 triplets of each matrix, descending)}
     [A bytes, B bytes]                                                    one record per matrix, in the header's order
+
+In fp32, fp16 and bf16 these are A (r, d_in) and B (d_out, r); in int8 and NF4 (protocol/quantized.py) B is transposed, so that a
+row is a component on both sides.
 
 The lengths in a record always take the five bytes of msgpack's bin 32, so every record's place follows from the header.
 A reader goes straight to one matrix, and the coordinator sums a fleet's updates holding a single matrix of each.
@@ -13,6 +16,7 @@ a fault is a BadUpdate that names the matrix.  A flipped bit inside a value is t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,20 +26,31 @@ from typing import Annotated, Final, Literal, TypeAlias
 import numpy as np
 from msgspec import Meta
 
-from protocol import files, manifest, tensors
+from protocol import files, manifest, quantized, tensors
 from protocol.adapters import Adapter, Factors
 from protocol.errors import BadUpdate
 from protocol.manifest import Entries, Entry, Header
-from protocol.messages import MAX_MATRICES, Count, Wire
+from protocol.messages import MAX_MATRICES, Count, UpdateDtype
+from protocol.tensors import F32
 
 _FRAME_BYTES: Final = 1 + 5 + 5
+_WINDOW_BYTES: Final = 16 * 1024
+"""A fold has a thousand updates open at once."""
+_FEW_VALUES: Final = 2**18
 
+
+MAX_SCORE: Final = 1e30
+_BY_COMPONENT: Final = frozenset({"int8", "nf4"})
 
 Kind = Literal["lora", "lora-values"]
 """What the factors are: a change to the version received, or (baselines) the adapter itself after training."""
 
 
-Scores = Annotated[list[Annotated[float, Meta(ge=0, le=1e30)]], Meta(max_length=64)]
+Scores = (
+    Annotated[bytes, Meta(max_length=128)]
+    | Annotated[list[Annotated[float, Meta(ge=0, le=MAX_SCORE)]], Meta(max_length=64)]
+)
+"""At most 64 of one matrix, in bf16; earlier versions sent them as numbers."""
 
 
 class LoraHeader(Header, frozen=True, kw_only=True):
@@ -45,10 +60,30 @@ class LoraHeader(Header, frozen=True, kw_only=True):
     job: Annotated[str, Meta(max_length=64)]
     round: Count
     attempt: Count
-    dtype: Wire
+    dtype: UpdateDtype
     matrices: Entries
     scores: Annotated[list[Scores], Meta(max_length=MAX_MATRICES)] = []
     """By matrix, in the order of `matrices`, or none at all."""
+
+
+class _Window:
+    """The last piece of a file that was read: who reads small records in their order opens the file once for many."""
+
+    __slots__ = ("_path", "_piece")
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._piece = path, (0, memoryview(b""))
+
+    def read(self, offset: int, n_bytes: int) -> memoryview:
+        """So many bytes from `offset`; fewer where the file ends.  Raises OSError."""
+        start, data = self._piece  # one value, as another thread may read elsewhere at the same time
+        at = offset - start
+        if at < 0 or at + n_bytes > len(data):
+            with self._path.open("rb", buffering=0) as file:
+                data, at = memoryview(os.pread(file.fileno(), max(n_bytes, _WINDOW_BYTES), offset)), 0
+            if n_bytes <= _WINDOW_BYTES:
+                self._piece = offset, data
+        return data[at : at + n_bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +93,10 @@ class LoraUpdate:
     path: Path
     header: LoraHeader
     size: int
+    ranks: Mapping[str, int]
+    """Rank of every matrix in the file; 0 for a matrix that was trained and did not move."""
     _places: Mapping[str, tuple[Entry, int]]
+    _window: _Window
 
     @classmethod
     def open(cls, path: Path, *, max_bytes: int) -> LoraUpdate:
@@ -68,24 +106,20 @@ class LoraUpdate:
         manifest.check_sorted(header.matrices)
         if header.scores and len(header.scores) != len(header.matrices):
             raise BadUpdate(f"{len(header.scores)} lists of scores for {len(header.matrices)} matrices")
+        _check_scores(header.scores)
         places: dict[str, tuple[Entry, int]] = {}
         for entry in header.matrices:
             places[entry.name] = entry, end
             end += _FRAME_BYTES + sum(_lengths(entry, header.dtype))
         if size != end:
             raise BadUpdate(f"update of {size} bytes should have {end} by its header: truncated or damaged, send again")
-        return cls(path, header, size, places)
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Rank of every matrix in the file; 0 for a matrix that was trained and did not move."""
-        return {entry.name: entry.rank for entry in self.header.matrices}
+        return cls(path, header, size, {entry.name: entry.rank for entry in header.matrices}, places, _Window(path))
 
     @property
     def scores(self) -> dict[str, list[float]]:
         """What the agent measured on the way about the importance of rank-1 triplets, descending; {} if it did not."""
         found = zip(self.header.matrices, self.header.scores, strict=False)  # one for each, or none
-        return {entry.name: sorted(scores, reverse=True) for entry, scores in found if scores}
+        return {entry.name: sorted(_numbers(scores), reverse=True) for entry, scores in found if scores}
 
     def check(self, ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> None:
         """Raises BadUpdate naming the first matrix that differs from the plan.
@@ -103,22 +137,25 @@ class LoraUpdate:
                 raise BadUpdate(f"matrix {entry.name!r} has rank {entry.rank}, planned was {ranks[entry.name]}")
 
     def check_values(self) -> None:
-        """Read everything once, one matrix at a time.  Raises BadUpdate for bad framing or a value that is not finite."""
+        """Read everything once, a few matrices at a time.  Raises BadUpdate for bad framing or a value that is not finite."""
+        few: list[tuple[str, Factors]] = []
+        n_values = 0
         for name in self._places:
-            _check_finite(name, self.factors(name))
+            few.append((name, self.factors(name)))
+            n_values += few[-1][1].a.size + few[-1][1].b.size
+            if n_values >= _FEW_VALUES:
+                _check_all_finite(few)
+                few, n_values = [], 0
+        _check_all_finite(few)
 
     def factors(self, name: str) -> Factors:
         """A and B of one matrix as float32.  Raises KeyError for an unknown name, BadUpdate when the file is damaged."""
         entry, offset = self._places[name]
         n_a, n_b = _lengths(entry, self.header.dtype)
-        with self.path.open("rb") as file:
-            file.seek(offset)
-            record = memoryview(file.read(_FRAME_BYTES + n_a + n_b))
+        record = self._window.read(offset, _FRAME_BYTES + n_a + n_b)
         if len(record) != _FRAME_BYTES + n_a + n_b or record[:6] != _open_a(n_a) or record[6 + n_a :][:5] != _bin(n_b):
             raise BadUpdate(f"record of matrix {name!r} is damaged: send the update again")
-        a = tensors.decode(record[6 : 6 + n_a], (entry.rank, entry.d_in), self.header.dtype)
-        b = tensors.decode(record[11 + n_a :], (entry.d_out, entry.rank), self.header.dtype)
-        return Factors(a, b)
+        return _decode(entry, record[6 : 6 + n_a], record[11 + n_a :], self.header.dtype)
 
 
 Update: TypeAlias = LoraUpdate
@@ -149,7 +186,7 @@ def write_update(
     job: str,
     round: int,  # noqa: A002
     attempt: int,
-    dtype: Wire,
+    dtype: UpdateDtype,
     kind: Kind = "lora",
     scores: Mapping[str, Sequence[float]] = MappingProxyType({}),
 ) -> int:
@@ -168,7 +205,7 @@ def write_update(
         attempt=attempt,
         dtype=dtype,
         matrices=manifest.entries_of(adapter),
-        scores=[[float(score) for score in scores.get(name, ())] for name in sorted(adapter)] if scores else [],
+        scores=[_packed(scores.get(name, ())) for name in sorted(adapter)] if scores else [],
     )
     with files.replacing(path) as file:
         file.write(manifest.pack_header(header))
@@ -177,11 +214,45 @@ def write_update(
         return file.tell()
 
 
-def _record(entry: Entry, factors: Factors, dtype: Wire) -> bytes:
-    a, b = tensors.encode(factors.a, dtype), tensors.encode(factors.b, dtype)
-    sent = Factors(tensors.decode(a, factors.a.shape, dtype), tensors.decode(b, factors.b.shape, dtype))
-    _check_finite(entry.name, sent)
+def _record(entry: Entry, factors: Factors, dtype: UpdateDtype) -> bytes:
+    a, b = _encode(factors.a, dtype), _encode(factors.b.T if dtype in _BY_COMPONENT else factors.b, dtype)
+    _check_finite(entry.name, _decode(entry, a, b, dtype))
     return _open_a(len(a)) + a + _bin(len(b)) + b
+
+
+def _packed(scores: Sequence[float]) -> bytes:
+    return tensors.encode(np.array(scores, np.float32), "bf16")
+
+
+def _numbers(scores: bytes | list[float]) -> list[float]:
+    if isinstance(scores, list):
+        return scores
+    found: list[float] = tensors.decode(scores, (len(scores) // 2,), "bf16").tolist()
+    return found
+
+
+def _check_scores(scores: Sequence[bytes | list[float]]) -> None:
+    for one in scores:
+        if (isinstance(one, bytes) and len(one) % 2) or not all(0 <= score <= MAX_SCORE for score in _numbers(one)):
+            raise BadUpdate(f"scores must be numbers from 0 to {MAX_SCORE:g}")
+
+
+def _encode(array: F32, dtype: UpdateDtype) -> bytes:
+    match dtype:
+        case "int8" | "nf4":
+            return quantized.encode(array, dtype)
+        case _:
+            return tensors.encode(array, dtype)
+
+
+def _decode(entry: Entry, a: bytes | memoryview, b: bytes | memoryview, dtype: UpdateDtype) -> Factors:
+    match dtype:
+        case "int8" | "nf4":
+            columns = quantized.decode(b, (entry.rank, entry.d_out), dtype)
+            return Factors(quantized.decode(a, (entry.rank, entry.d_in), dtype), columns.T)
+        case _:
+            rows = tensors.decode(a, (entry.rank, entry.d_in), dtype)
+            return Factors(rows, tensors.decode(b, (entry.d_out, entry.rank), dtype))
 
 
 def _size_within(path: Path, max_bytes: int) -> int:
@@ -191,12 +262,20 @@ def _size_within(path: Path, max_bytes: int) -> int:
     return size
 
 
-def _lengths(entry: Entry, dtype: Wire) -> tuple[int, int]:
+def _lengths(entry: Entry, dtype: UpdateDtype) -> tuple[int, int]:
     try:
-        a = tensors.size_bytes((entry.rank, entry.d_in), dtype)
-        return a, tensors.size_bytes((entry.d_out, entry.rank), dtype)
+        return size_bytes((entry.rank, entry.d_in), dtype), size_bytes((entry.rank, entry.d_out), dtype)
     except BadUpdate as error:
         raise BadUpdate(f"matrix {entry.name!r}: {error}") from None
+
+
+def size_bytes(shape: tuple[int, int], dtype: UpdateDtype) -> int:
+    """How many bytes one factor of `shape` (r, d) takes in an update.  Raises BadUpdate for a shape that is out of bounds."""
+    match dtype:
+        case "int8" | "nf4":
+            return quantized.size_bytes(shape, dtype)
+        case _:
+            return tensors.size_bytes(shape, dtype)
 
 
 def _bin(n_bytes: int) -> bytes:
@@ -205,6 +284,13 @@ def _bin(n_bytes: int) -> bytes:
 
 def _open_a(n_bytes: int) -> bytes:
     return b"\x92" + _bin(n_bytes)
+
+
+def _check_all_finite(named: Sequence[tuple[str, Factors]]) -> None:
+    """One look at all of them, and one at each only when something is wrong."""
+    if named and not np.isfinite(np.concatenate([side.reshape(-1) for _, f in named for side in (f.a, f.b)])).all():
+        for name, factors in named:
+            _check_finite(name, factors)
 
 
 def _check_finite(name: str, factors: Factors) -> None:

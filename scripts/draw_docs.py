@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/draw_docs.py
 
-A drawn part stands between `<!-- drawn: NAME -->` and `<!-- end -->`.  Everything in it comes from the code, except the last
+A drawn part stands between `<!-- drawn: NAME -->` and `<!-- end -->`.  All of it comes from the code and bench/results, except the last
 cells of a table's rows, which people write: they are carried over row by row, and a new row has a "?" there.  The tests refuse
 a "?" and a page that is not as it would be drawn, so a field, a topic or a log word can neither come nor go unnoticed.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import re
 import textwrap
 import typing
@@ -25,7 +26,7 @@ import msgspec.inspect as mi
 from protocol import daemon, manifest, messages, models, topics, updates
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-PAGES: Final = ("docs/architecture.md", "docs/protocol.md", "docs/operations.md")
+PAGES: Final = ("docs/architecture.md", "docs/protocol.md", "docs/operations.md", "docs/reliability.md")
 PACKAGES: Final = ("protocol", "agent", "coordinator", "fedpipe")
 UNKNOWN: Final = "?"
 LEVELS: Final = {"debug": "debug", "info": "info", "warning": "warning", "error": "error", "exception": "error"}
@@ -282,6 +283,13 @@ def _exits() -> Iterator[Table]:
     yield Table("", ("code", "name", "when"), [(str(code), f"`{name}`") for code, name in codes])
 
 
+def _fuzz() -> Iterator[Table]:
+    found = json.loads((ROOT / "bench" / "results" / "fuzz.json").read_text(encoding="utf-8"))
+    numbers = ("inputs", "crashes", "edges", "peak_mib", "seconds")
+    rows = [(f"`{target}`", *(f"{row[name]:,}" for name in numbers)) for target, row in found.items()]
+    yield Table("", ("target", "inputs", "crashes", "edges", "peak MiB", "s", "what it is"), rows)
+
+
 PARTS: Final[dict[str, Callable[[], Iterator[Table]]]] = {
     "topics": _topics,
     "messages": _messages,
@@ -292,6 +300,7 @@ PARTS: Final[dict[str, Callable[[], Iterator[Table]]]] = {
     "map": _map,
     "actions": _actions,
     "exits": _exits,
+    "fuzz": _fuzz,
 }
 
 

@@ -21,6 +21,7 @@ from coordinator.core import events as ev
 from coordinator.core.choice import Choice, Prediction
 from coordinator.core.spec import JobSpec
 from coordinator.core.state import FleetState, JobState, Member, Phase, RoundPlan, RoundRecord, ShareRecord
+from coordinator.cost import FREE, Prices
 from coordinator.daemon import Coordinator
 from coordinator.plan_views import PlanView, plan_view
 from fedpipe.broker import embedded_command, free_port, mosquitto_command
@@ -126,8 +127,9 @@ class Served:
 
     matrices = (Matrix(name="model.k", d_out=6, d_in=8), Matrix(name="model.q", d_out=8, d_in=8))
 
-    def __init__(self, folder: Path, **settings: object) -> None:
-        self.config = CoordinatorConfig(state_dir=str(folder), web=Web(**{"port": 0, **settings}))  # type: ignore[arg-type]
+    def __init__(self, folder: Path, prices: Prices = FREE, **settings: object) -> None:
+        given = Web(**{"port": 0, **settings})  # type: ignore[arg-type]
+        self.config = CoordinatorConfig(state_dir=str(folder), web=given, prices=prices)
         self.token = read_token(self.config.web)
         self._listening = web.listen(self.config.web)
         self.url = web.url_of(self._listening)

@@ -22,11 +22,15 @@ class Say(Action, frozen=True, kw_only=True):
 
 
 class FetchModel(Action, frozen=True, kw_only=True):
-    """Pull the global adapter, or its prefix of `size` bytes with digest `sha256`; comes back as ModelFetched or ModelLost."""
+    """Pull the global adapter, or its prefix of `size` bytes with digest `sha256`; comes back as ModelFetched or ModelLost.
+
+    `listen`: it may be broadcast.
+    """
 
     blob: Blob
     size: int
     sha256: str
+    listen: bool = False
 
 
 class DropModel(Action, frozen=True, kw_only=True):

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from protocol.messages import Calibrated, Evaluated, Offer, Plan, Surveyed
+from protocol.messages import Calibrated, Energy, Evaluated, Offer, Plan, Surveyed
 
 Level = Literal["run", "shrink", "pause", "stop"]
 """How much room the host leaves: all that was planned, less memory, no computing for now, no memory either."""
@@ -44,12 +44,13 @@ class NothingPlanned(Event, frozen=True, kw_only=True):
 
 
 class CancelCame(Event, frozen=True, kw_only=True):
-    """The coordinator does not want this share any more."""
+    """The coordinator does not want this share any more, or with `keep` not now: the round will be attempted again."""
 
     job: str
     round: int
     attempt: int
     reason: str
+    keep: bool = False
 
 
 class RebirthAsked(Event, frozen=True, kw_only=True):
@@ -102,12 +103,14 @@ class ChildFinished(Event, frozen=True, kw_only=True):
     train_s: float
     stopped: str
     update: Offer | None
+    energy: Energy | None = None
 
 
 class ChildFailed(Event, frozen=True, kw_only=True):
     """The child gave up or died."""
 
     reason: str
+    energy: Energy | None = None
 
 
 class UpdateAccepted(Event, frozen=True, kw_only=True):

@@ -145,6 +145,7 @@ class Session:
             surveyed=self.work.surveyed if mine and self.work else None,
             calibrated=self.work.calibrated if mine and self.work else None,
             evaluated=self.work.evaluated if mine and self.work else None,
+            energy=self.work.energy if mine and self.work else None,
         )
         self._out.append(act.Say(message=message))
 
@@ -162,8 +163,7 @@ class Session:
             self._say(self.work.state, self.work.held)
             if self.work.stage is Stage.FETCHING and plan.model and plan.model != self.work.plan.model:
                 self.work.plan = plan  # its model now comes in chunks of another size
-                level = self._level(plan)
-                self._out.append(act.FetchModel(blob=plan.model, size=level.size, sha256=level.sha256))
+                self._fetch(plan)
             return
         if any((o.job, o.round) == (plan.job, plan.round) for o in self.outbox.values()):
             self._restate(birth=False)
@@ -205,10 +205,14 @@ class Session:
         if plan.model is None:
             self._run("")
             return
-        level = self._level(plan)
         self.work.state = ExecState.PREPARING
         self._say(ExecState.PREPARING)
-        self._out.append(act.FetchModel(blob=plan.model, size=level.size, sha256=level.sha256))
+        self._fetch(plan)
+
+    def _fetch(self, plan: Plan) -> None:
+        assert plan.model is not None
+        level, listen = self._level(plan), plan.broadcast
+        self._out.append(act.FetchModel(blob=plan.model, size=level.size, sha256=level.sha256, listen=listen))
 
     def _level(self, plan: Plan) -> Level:
         assert plan.model is not None
@@ -269,11 +273,13 @@ class Session:
         work = self.work
         if work is None or work.stage in {Stage.FETCHING, Stage.HELD}:
             return
-        if work.unwanted:
+        work.energy = event.energy
+        is_suspended = event.update is not None and event.update.stopped == SUSPENDED
+        if work.unwanted and (is_suspended or not work.is_kept or event.update is None):
             if event.update is not None:
                 self._out.append(act.ForgetUpdate(xfer=event.update.blob.xfer))
             self._end(ExecState.CANCELLED, work.unwanted)
-        elif event.update is not None and event.update.stopped == SUSPENDED:
+        elif is_suspended:
             self.work = None  # the outbox on disk has it, for the next start
         elif event.update is not None:
             self.outbox[event.update.blob.xfer] = event.update
@@ -291,6 +297,7 @@ class Session:
         work = self.work
         if work is None or work.stage in {Stage.FETCHING, Stage.HELD}:
             return
+        work.energy = event.energy
         self._end(*work.lost(ExecState.FAILED, event.reason))
 
     # ---------------------------------------------------------------------------------------------------------- host
@@ -370,7 +377,7 @@ class Session:
                 work.stage = Stage.STOPPING
                 work.unwanted = reason if discard else ""
                 work.close_at = max(work.close_at, self._now + CHILD_GRACE_S)
-                self._out.append(act.StopChild(reason=reason))
+                self._out.append(act.StopChild(reason=reason, suspend=work.is_kept))
             case Stage.STOPPING | Stage.KILLED:
                 work.unwanted = work.unwanted or (reason if discard else "")
 
@@ -379,6 +386,7 @@ class Session:
         if self.waiting and (self.waiting.job, self.waiting.round, self.waiting.attempt) == key:
             self.waiting = None
         if self.work and self.work.key == key:
+            self.work.is_kept = event.keep and (self.work.is_kept or not self.work.unwanted)
             self._stop_work(event.reason, discard=True)
 
     def _due(self) -> None:

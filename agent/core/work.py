@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Final
 
-from protocol.messages import Calibrated, Evaluated, ExecState, Plan, Surveyed
+from protocol.messages import Calibrated, Energy, Evaluated, ExecState, Plan, Surveyed
 
 CHILD_GRACE_S: Final = 10.0
 """A child that was told to stop gets at least this long for its present step and for writing its update."""
@@ -36,7 +36,10 @@ class Work:
         self.evaluated: Evaluated | None = None
         self.surveyed: Surveyed | None = None
         self.calibrated: Calibrated | None = None
+        self.energy: Energy | None = None
         self.unwanted = ""
+        self.is_kept = False
+        """Not wanted now, but in another attempt of its round: what it trained stays as a checkpoint, or is handed in."""
         self.held = ""
         self.model_sha256 = ""
         self.set_times(plan, now)

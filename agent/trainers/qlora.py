@@ -42,7 +42,7 @@ from agent.trainers.lora import Adapted, Start, adapted
 from agent.trainers.meter import Meter, out_of_memory_named
 from agent.trainers.resuming import Keeper
 from protocol import messages
-from protocol.adapters import Adapter
+from protocol.adapters import Adapter, cut_energy
 from protocol.errors import BadMessage, BadUpdate
 from protocol.messages import Bits, Calibration, Plan, Training
 from protocol.models import read_model
@@ -204,7 +204,12 @@ def _read(task: TrainTask) -> Split:
 def _received(task: TrainTask) -> Adapter:
     if task.model_file is None:
         return {}
-    return read_model(Path(task.model_file), max_bytes=task.max_model_bytes)
+    file = Path(task.model_file)
+    try:
+        return read_model(file, max_bytes=task.max_model_bytes)
+    except BadUpdate:
+        file.unlink(missing_ok=True)  # it was whole once, so the disk spoiled it: the next attempt fetches it anew
+        raise
 
 
 def _digest(task: TrainTask) -> str:
@@ -292,9 +297,10 @@ def _observe(sensitivity: Sensitivity, step: int, n_steps: int) -> None:
 
 def _write(task: TrainTask, model: Adapted, kind: Kind, sensitivity: Sensitivity) -> None:
     plan = task.plan
+    kept_ratio = plan.kept_energy_ratio if kind == "lora" else 1.0
     write_update(
         Path(task.out_file),
-        model.local(),
+        {name: cut_energy(factors, kept_ratio) for name, factors in model.local().items()},
         job=plan.job,
         round=plan.round,
         attempt=plan.attempt,

@@ -41,6 +41,7 @@ INDIFFERENT: Final = (
     "evaluate",
     "max_update_bytes",
     "update_dtype",
+    "kept_energy_ratio",
     "issued_at",
     "stop_after_s",
     "ttl_s",

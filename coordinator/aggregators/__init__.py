@@ -59,7 +59,7 @@ class Aggregator(Protocol):
     accepts: ClassVar[str]
 
     def aggregate(
-        self, model: Adapter, updates: Sequence[Weighted], *, max_rank: int, server_lr: float = 1.0
+        self, model: Mapping[str, Factors], updates: Sequence[Weighted], *, max_rank: int, server_lr: float = 1.0
     ) -> Aggregate:
         """The model after these updates, of at most `max_rank` components per matrix, the ones that matter most first.
 

@@ -20,7 +20,7 @@ Cost per matrix: O((d_out + d_in) r) per update; norms O((d_out + d_in) r^2).  M
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,7 +28,7 @@ import numpy as np
 
 from coordinator.aggregators import Aggregate, Weighted
 from coordinator.aggregators.product import check_range, in_order
-from protocol.adapters import F64, Adapter, Factors, truncate
+from protocol.adapters import F64, Factors, truncate
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,38 +39,58 @@ class Average:
     by_norm: bool = False
 
     def aggregate(
-        self, model: Adapter, updates: Sequence[Weighted], *, max_rank: int, server_lr: float = 1.0
+        self, model: Mapping[str, Factors], updates: Sequence[Weighted], *, max_rank: int, server_lr: float = 1.0
     ) -> Aggregate:
         """See Aggregator.aggregate; server_lr moves the model that part of the way to the mean."""
         ordered = in_order(updates)
         squared_norms = {(u.round, u.agent): 0.0 for u in ordered}
         adapter, dropped_ratio = dict(model), {}
         for name in sorted({name for u in ordered for name in u.update.ranks}):
-            terms = [(u, u.update.factors(name)) for u in ordered if name in u.update.ranks]
-            norms = [factors.norm() for _, factors in terms]
-            for (u, _), norm in zip(terms, norms, strict=True):
-                squared_norms[u.round, u.agent] += norm**2
+            trained = [u for u in ordered if name in u.update.ranks]
+            norms = [u.update.factors(name).norm() for u in trained] if self.by_norm else []
             # Before anything has moved all norms are zero, and then only the samples can decide.
-            weights = [
-                u.weight * (norm if self.by_norm and any(norms) else 1.0)
-                for (u, _), norm in zip(terms, norms, strict=True)
-            ]
-            total = math.fsum(weights)
-            scaled = [(f, server_lr * (w / total)) for (_, f), w in zip(terms, weights, strict=True)]
-            if name in model and server_lr != 1.0:
-                scaled.insert(0, (model[name], 1.0 - server_lr))
-            whole = _padded_sum(scaled)
+            shares = norms if any(norms) else [1.0] * len(trained)
+            weights = [u.weight * share for u, share in zip(trained, shares, strict=True)]
+            terms = self._terms(name, model, trained, weights, server_lr, squared_norms)
+            ranks = [u.update.ranks[name] for u in trained] + (
+                [model[name].rank] if _keeps(name, model, server_lr) else []
+            )
+            whole = _padded_sum(terms, max(ranks))
             check_range(name, whole, squared_norms)
             adapter[name], dropped_ratio[name] = truncate(whole, max_rank), _dropped(whole, max_rank)
         left = {name: factors for name, factors in adapter.items() if factors.rank}
         return Aggregate(left, dropped_ratio, {key: math.sqrt(square) for key, square in squared_norms.items()})
 
+    @staticmethod
+    def _terms(
+        name: str,
+        model: Mapping[str, Factors],
+        trained: Sequence[Weighted],
+        weights: Sequence[float],
+        server_lr: float,
+        squared_norms: dict[tuple[int, str], float],
+    ) -> Iterator[tuple[Factors, float]]:
+        """What is summed for one matrix, one at a time; adds up the squared norms of the updates on the way."""
+        if _keeps(name, model, server_lr):
+            yield model[name], 1.0 - server_lr
+        total = math.fsum(weights)
+        for u, weight in zip(trained, weights, strict=True):
+            factors = u.update.factors(name)
+            squared_norms[u.round, u.agent] += factors.norm() ** 2
+            yield factors, server_lr * (weight / total)
 
-def _padded_sum(terms: Sequence[tuple[Factors, float]]) -> Factors:
-    rank, (d_out, d_in) = max(f.rank for f, _ in terms), terms[0][0].shape
-    a: F64 = np.zeros((rank, d_in))
-    b: F64 = np.zeros((d_out, rank))
+
+def _keeps(name: str, model: Mapping[str, Factors], server_lr: float) -> bool:
+    return name in model and server_lr != 1.0
+
+
+def _padded_sum(terms: Iterable[tuple[Factors, float]], rank: int) -> Factors:
+    a: F64 = np.zeros((0, 0))
+    b = a
     for factors, scale in terms:
+        if not a.size:
+            d_out, d_in = factors.shape
+            a, b = np.zeros((rank, d_in)), np.zeros((d_out, rank))
         a[: factors.rank] += scale * factors.a.astype(np.float64)
         b[:, : factors.rank] += scale * factors.b.astype(np.float64)
     with np.errstate(over="ignore"):

@@ -16,31 +16,41 @@ The d_out x d_in sum is never formed.  Side by side, the terms are again one pro
     dW + eta sum p_i B_i A_i  =  [B, eta p_1 B_1, eta p_2 B_2, ...] [A; A_1; A_2; ...],
 
 whose singular value decomposition costs two thin QR and one small core (protocol.adapters.principal).  QR and not the Gram
-matrices: those square the condition number, and the weak directions are what later rounds build on.  One matrix is done
-at a time, so memory is the model and one stack, in float64.
+matrices: those square the condition number, and the weak directions are what later rounds build on.
 
-A stack that grows wider than `stack_width` is cut to half of that on the way, which bounds time and memory per update
-however many agents there are; where d is small or the sum has lower rank than that, this too is exact.  The order of the
-terms is by (round, agent), whatever order they arrived in, so the result has the same bits.
+That is exact, and its time grows with the square of the columns: up to `EXACT_WIDTH` of them it is done so.  For a larger fleet
+the leading components come from products with thin blocks alone (coordinator/aggregators/krylov.py), in time that grows with
+the columns, to an error below 1e-3.  Where the matrix is too small for such blocks, the stack is cut to half of `STACK_WIDTH`
+whenever it grows wider than that: exact where the sum has lower rank than that.
 
-What truncation drops is reported per matrix.  Cost per matrix: O((d_out + d_in) R^2 + R^3) with R the sum of the ranks.
+Two matrices are done at a time.  The order of the terms is by (round, agent), whatever order they arrived in, and no number
+depends on what else runs, so the result has the same bits.
+
+What truncation drops is reported per matrix.  Cost per matrix: O((d_out + d_in) R^2 + R^3) with R the sum of the ranks where it
+is exact, and O((d_out + d_in) R max_rank) beyond.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import ClassVar, Final
 
 import numpy as np
 
-from coordinator.aggregators import Aggregate, Weighted
-from protocol.adapters import Adapter, Factors, Principal, principal
+from coordinator.aggregators import Aggregate, Weighted, krylov
+from coordinator.aggregators.krylov import Leading, Term
+from protocol.adapters import Adapter, Factors, principal
 from protocol.errors import BadUpdate
 
+EXACT_WIDTH: Final = 256
 STACK_WIDTH: Final = 1024
+_N_WORKERS: Final = min(2, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +61,7 @@ class Product:
     stack_width: int = STACK_WIDTH
 
     def aggregate(
-        self, model: Adapter, updates: Sequence[Weighted], *, max_rank: int, server_lr: float = 1.0
+        self, model: Mapping[str, Factors], updates: Sequence[Weighted], *, max_rank: int, server_lr: float = 1.0
     ) -> Aggregate:
         """See Aggregator.aggregate.  A matrix whose sum is zero is not in the result."""
         return sum_of_products(
@@ -60,7 +70,7 @@ class Product:
 
 
 def sum_of_products(
-    model: Adapter,
+    model: Mapping[str, Factors],
     updates: Sequence[Weighted],
     *,
     kept: float,
@@ -75,12 +85,24 @@ def sum_of_products(
     """
     ordered = in_order(updates)
     squared_norms = {(u.round, u.agent): 0.0 for u in ordered}
-    adapter, dropped_ratio = dict(model), {}
-    for name in sorted({name for u in ordered for name in u.update.ranks}):
-        terms = _terms(name, model if kept else {}, ordered, (kept, server_lr), squared_norms)
-        result, dropped_ratio[name] = _sum(terms, max_rank, stack_width)
-        adapter[name] = result.to_factors()
-        check_range(name, adapter[name], squared_norms)
+    names = sorted({name for u in ordered for name in u.update.ranks})
+    adapter: Adapter = {name: model[name] for name in sorted(model.keys() - set(names))}
+    dropped_ratio: dict[str, float] = {}
+
+    def work(name: str) -> Leading:
+        terms = _terms(name, model if kept else {}, ordered, (kept, server_lr))
+        return _leading(name, terms, max_rank, stack_width)
+
+    workers = ThreadPoolExecutor(_N_WORKERS)
+    try:
+        for name, found in zip(names, workers.map(work, names), strict=True):
+            adapter[name], dropped_ratio[name] = found.factors, found.dropped_ratio
+            trained = _trained(name, ordered)
+            for u, square in zip(trained, found.squared_norms[-len(trained) :], strict=True):
+                squared_norms[u.round, u.agent] += square
+            check_range(name, adapter[name], squared_norms)
+    finally:
+        workers.shutdown(cancel_futures=True)
     left = {name: factors for name, factors in adapter.items() if factors.rank}
     return Aggregate(left, dropped_ratio, {key: math.sqrt(square) for key, square in squared_norms.items()})
 
@@ -104,34 +126,40 @@ def in_order(updates: Sequence[Weighted]) -> list[Weighted]:
     return ordered
 
 
+def _trained(name: str, ordered: Sequence[Weighted]) -> list[Weighted]:
+    return [u for u in ordered if name in u.update.ranks]
+
+
 def _terms(
-    name: str,
-    model: Adapter,
-    ordered: Sequence[Weighted],
-    scales: tuple[float, float],
-    squared_norms: dict[tuple[int, str], float],
-) -> Iterator[tuple[Factors, float]]:
-    """What is summed for one matrix, with scales, one at a time; adds up the squared norms of the updates on the way."""
+    name: str, model: Mapping[str, Factors], ordered: Sequence[Weighted], scales: tuple[float, float]
+) -> list[Term]:
+    """What is summed for one matrix: the model if it holds it, then the updates."""
     kept, server_lr = scales
-    if name in model:
-        yield model[name], kept
-    trained = [u for u in ordered if name in u.update.ranks]
+    trained = _trained(name, ordered)
     total = math.fsum(u.weight for u in trained)
-    for u in trained:
-        factors = u.update.factors(name)
-        squared_norms[u.round, u.agent] += factors.norm() ** 2
-        yield factors, server_lr * (u.weight / total)
+    old = model.get(name)
+    return ([Term(old.rank, kept, lambda: old)] if old else []) + [
+        Term(u.update.ranks[name], server_lr * (u.weight / total), partial(u.update.factors, name)) for u in trained
+    ]
 
 
-def _sum(terms: Iterable[tuple[Factors, float]], rank: int, width: int) -> tuple[Principal, float]:
-    """The best `rank` components of the sum of scale * B A, and the share of its squared norm that they leave out."""
-    columns, rows, dropped = [], [], 0.0
-    for factors, scale in terms:
-        columns.append(factors.b * np.float64(scale))
+def _leading(name: str, terms: Sequence[Term], max_rank: int, stack_width: int) -> Leading:
+    """The best `max_rank` components of the sum of scale * B A: exactly where few are summed, else nearly."""
+    if sum(term.rank for term in terms) > EXACT_WIDTH and krylov.fits(max_rank, terms[0].read().shape):
+        return krylov.leading(name, terms, max_rank)
+    return _exactly(terms, max_rank, stack_width)
+
+
+def _exactly(terms: Iterable[Term], rank: int, width: int) -> Leading:
+    columns, rows, squared_norms, dropped = [], [], [], 0.0
+    for term in terms:
+        factors = term.read()
+        squared_norms.append(factors.norm() ** 2)
+        columns.append(factors.b * np.float64(term.scale))
         rows.append(factors.a.astype(np.float64))
         if sum(len(a) for a in rows) > width:
             cut = principal(np.hstack(columns), np.vstack(rows), max(rank, width // 2))
             columns, rows, dropped = [cut.b], [cut.a], dropped + cut.dropped_energy
     whole = principal(np.hstack(columns), np.vstack(rows), rank)
     energy = whole.energy + dropped
-    return whole, (whole.dropped_energy + dropped) / energy if energy else 0.0
+    return Leading(whole.to_factors(), (whole.dropped_energy + dropped) / energy if energy else 0.0, squared_norms)

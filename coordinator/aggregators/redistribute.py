@@ -13,7 +13,7 @@ The published server forms the d_out x d_in matrix and its full SVD; the same re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -21,7 +21,7 @@ import numpy as np
 
 from coordinator.aggregators import Aggregate, Weighted
 from coordinator.aggregators.product import check_range, sum_of_products
-from protocol.adapters import Adapter, Factors
+from protocol.adapters import Factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Redistribute:
     accepts: ClassVar[str] = "lora-values"
 
     def aggregate(
-        self, model: Adapter, updates: Sequence[Weighted], *, max_rank: int, server_lr: float = 1.0
+        self, model: Mapping[str, Factors], updates: Sequence[Weighted], *, max_rank: int, server_lr: float = 1.0
     ) -> Aggregate:
         """See Aggregator.aggregate; server_lr moves the model that part of the way to the mean."""
         mean = sum_of_products(model, updates, kept=1.0 - server_lr, server_lr=server_lr, max_rank=max_rank)

@@ -12,13 +12,13 @@ cannot hold (1024 components) is, and is reported.  Agents start fresh, with a r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from coordinator.aggregators import Aggregate, Weighted
 from coordinator.aggregators.product import STACK_WIDTH, sum_of_products
-from protocol.adapters import Adapter
+from protocol.adapters import Factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Stacking:
 
     def aggregate(
         self,
-        model: Adapter,
+        model: Mapping[str, Factors],
         updates: Sequence[Weighted],
         *,
         max_rank: int,  # noqa: ARG002 - the method has no such limit

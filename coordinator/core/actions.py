@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from coordinator.core.state import Cause, Contribution, RoundRecord
+from coordinator.core.state import Cause, Contribution, JobDetail, RoundRecord
 from protocol.messages import Blob, Cancel, JobCard, Matrix, Offer, Plan
 
 
@@ -87,6 +87,19 @@ class Aggregate(Action, frozen=True, kw_only=True):
     model_dtype: str
 
 
+class Restore(Action, frozen=True, kw_only=True):
+    """Write down that version `version` is version `of` once more, the same files; `at` in seconds since the epoch."""
+
+    job: str
+    version: int
+    of: int
+    round: int
+    model: Blob
+    master: str
+    dropped_ratio: float
+    at: float
+
+
 class Serve(Action, frozen=True, kw_only=True):
     """Hand out this blob to agents that ask for it."""
 
@@ -102,12 +115,28 @@ class Record(Action, frozen=True, kw_only=True):
 
 
 class Finish(Action, frozen=True, kw_only=True):
-    """A job reached a named end: export what there is and clean up."""
+    """A job reached a named end: export what there is and clean up; write down the detail that its state sheds."""
 
     job: str
     phase: str
     reason: str
     cause: Cause | None = None
+    detail: JobDetail | None = None
 
 
-Wish = MakePlan | Assign | Withdraw | Announce | Fetch | Acknowledge | Decline | Aggregate | Serve | Record | Finish
+Written = Record | Finish | Restore
+"""What is on disk before a snapshot forgets that it was wished for."""
+Wish = (
+    MakePlan
+    | Assign
+    | Withdraw
+    | Announce
+    | Fetch
+    | Acknowledge
+    | Decline
+    | Aggregate
+    | Restore
+    | Serve
+    | Record
+    | Finish
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from protocol.messages import Bits
+from protocol.messages import Bits, UpdateDtype
 
 
 class Prediction(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +39,8 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     checkpointing: bool = False
     rate_ratio: float = 1.0
     """What the job's learning rate is multiplied by, for the size of this agent's steps."""
+    update_dtype: UpdateDtype | None = None
+    """None: what the job pins (choices of earlier versions)."""
     why: str = ""
     """One line for people: how the numbers above came about."""
     limit: str = ""

@@ -9,7 +9,7 @@ import msgspec
 
 from coordinator.core.choice import Choice
 from coordinator.core.spec import JobSpec
-from protocol.messages import Blob, Calibrated, Evaluated, ExecState, Offer, Report, Surveyed
+from protocol.messages import Blob, Calibrated, Energy, Evaluated, ExecState, Offer, Report, Surveyed
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", omit_defaults=True):
@@ -27,6 +27,39 @@ class JobCancelled(Event, frozen=True, kw_only=True):
 
     job: str
     reason: str = "cancelled by the operator"
+
+
+class JobPaused(Event, frozen=True, kw_only=True):
+    """An operator wants no new round of a job; with `now`, the one under way is stopped as well."""
+
+    job: str
+    by: str
+    reason: str = ""
+    now: bool = False
+
+
+class JobResumed(Event, frozen=True, kw_only=True):
+    """An operator lets a paused job go on."""
+
+    job: str
+    by: str
+
+
+class JobRolledBack(Event, frozen=True, kw_only=True):
+    """An operator went back to version `of`: its content, made in round `round`, is to be version `version`.
+
+    The model and its master are files that are there.
+    """
+
+    job: str
+    of: int
+    version: int
+    round: int
+    model: Blob
+    master: str
+    dropped_ratio: float = 0.0
+    by: str
+    reason: str = ""
 
 
 class AgentJoined(Event, frozen=True, kw_only=True):
@@ -73,6 +106,7 @@ class ShareMoved(Event, frozen=True, kw_only=True):
     surveyed: Surveyed | None = None
     calibrated: Calibrated | None = None
     evaluated: Evaluated | None = None
+    energy: Energy | None = None
 
 
 class UpdateOffered(Event, frozen=True, kw_only=True):
@@ -166,6 +200,9 @@ class Tick(Event, frozen=True, kw_only=True):
 Happened = (
     JobSubmitted
     | JobCancelled
+    | JobPaused
+    | JobResumed
+    | JobRolledBack
     | AgentJoined
     | AgentLeft
     | AgentRevoked

@@ -18,7 +18,7 @@ import msgspec
 
 from coordinator.core import actions as act
 from coordinator.core import events as ev
-from coordinator.core import planning, survey, uploads
+from coordinator.core import planning, steering, survey, uploads
 from coordinator.core.job import Job
 from coordinator.core.roster import Roster
 from coordinator.core.state import ENDED, STATE_VERSION, AgentState, FleetState, JobState, Phase
@@ -27,6 +27,9 @@ from protocol.messages import TERMINAL, ExecState
 
 OfJob = (
     ev.JobCancelled
+    | ev.JobPaused
+    | ev.JobResumed
+    | ev.JobRolledBack
     | ev.ShareMoved
     | ev.UpdateOffered
     | ev.UpdateStored
@@ -133,6 +136,12 @@ class Fleet:
                 job.aggregated(event)
             case ev.AggregateFailed():
                 job.aggregate_failed(event)
+            case ev.JobPaused():
+                steering.pause(job, event)
+            case ev.JobResumed():
+                steering.resume(job, event)
+            case ev.JobRolledBack():
+                steering.roll_back(job, event)
             case ev.JobCancelled() if state.phase not in ENDED:
                 job.end(Phase.CANCELLED, event.reason)
 
@@ -224,11 +233,25 @@ class Fleet:
                     assert not done or job.round.purpose == "evaluate" or share.offer, f"{name}: done without update"
             assert busy == open_shares, f"{name}: busy {sorted(busy)} but open shares {sorted(open_shares)}"
             assert job.phase not in ENDED or not busy, f"{name}: ended, yet agents work"
+            self._check_steering(name, job)
             if job.phase is Phase.COLLECTING:
                 assert job.round, f"{name}: collecting without a round"
         self.roster.check()
         at = self.wake_at
         assert at is None or at > self._now, f"wake_at {at} is not after {self._now}"
+
+    @staticmethod
+    def _check_steering(name: str, job: JobState) -> None:
+        """A pause holds, and nothing that was made from a version the job has left is counted."""
+        may_end = {Phase.COLLECTING, Phase.AGGREGATING, Phase.EVALUATING}
+        assert job.pause is None or job.phase in may_end | {Phase.PAUSED}, f"{name}: paused, yet {job.phase}"
+        assert job.pause or job.phase is not Phase.PAUSED, f"{name}: paused by nobody"
+        assert max(job.n_stopped, job.first_attempt) <= job.attempt, f"{name}: more stops than attempts"
+        shares = [*job.carried.values(), *(job.round.shares.values() if job.round else ())]
+        for share in shares:
+            assert not share.offer or share.offer.attempt >= job.first_attempt, f"{name}: an update of a version left"
+        for rollback in job.rollbacks:
+            assert rollback.of < rollback.version <= job.version, f"{name}: {rollback}, version {job.version}"
 
 
 def encode_state(state: FleetState) -> bytes:

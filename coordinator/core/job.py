@@ -7,6 +7,7 @@ A job is a loop over one state, WAITING, from which every round starts and to wh
     COLLECTING  shares are out; updates come in; the round closes when all have answered, when enough have, or at its deadline
     AGGREGATING the stored updates are folded into the next version
     EVALUATING  after the last round everyone measures the final version
+    PAUSED      an operator wants no further round for now; nothing is waited for (steering.py)
 
 A survey belongs to an agent, not to a phase: one that joins in round 7 is surveyed while the others train and takes part in
 round 8.  A share is an agent's part of a round.  Nothing here waits for an agent: shares end by an answer, by the deadline, or
@@ -20,19 +21,9 @@ import math
 
 from coordinator.core import actions as act
 from coordinator.core import events as ev
-from coordinator.core import learning, planning, plans, survey
-from coordinator.core.choice import Choice
+from coordinator.core import learning, planning, plans, rounds, survey
 from coordinator.core.roster import Roll, Roster
-from coordinator.core.state import (
-    ENDED,
-    MOVES,
-    Cause,
-    JobState,
-    Phase,
-    Purpose,
-    Round,
-    Share,
-)
+from coordinator.core.state import ENDED, MOVES, Cause, JobState, Phase, Share, shed
 from protocol.errors import IllegalMove
 from protocol.messages import TERMINAL, Cancel, ExecState
 
@@ -63,20 +54,25 @@ class Job:
         elif self.state.phase is Phase.PLANNING:
             self.roster.release(self.name, self.state.planned)
         self.state.phase, self.state.reason, self.state.since = to, reason, self.now
+        self.announce()
+
+    def announce(self) -> None:
+        """Say anew where the job stands."""
         self.out.append(act.Announce(card=plans.job_card(self.state)))
 
     def end(self, to: Phase, reason: str) -> None:
         """End the job: free every agent, say why, hand out what there is."""
-        for share in self._open_surveys():
+        for share in survey.open_surveys(self.state):
             self.end_share(share, 0, ExecState.CANCELLED, reason or f"the job is {to}")
-        for share in self._open_shares():
+        for share in rounds.open_shares(self.state):
             self.end_share(share, self.state.round_number + 1, ExecState.CANCELLED, reason)
         if self.state.round:
-            self._record(reason or str(to))
+            rounds.record(self, reason or str(to))
         self.move(to, reason)
-        self.state.ended_at, self.state.round = self.now, None
+        self.state.ended_at, self.state.round, self.state.pause = self.now, None, None
         self.roster.close(self.name)
-        self.out.append(act.Finish(job=self.name, phase=str(to), reason=reason, cause=self.state.cause))
+        detail, cause = shed(self.state), self.state.cause
+        self.out.append(act.Finish(job=self.name, phase=str(to), reason=reason, cause=cause, detail=detail))
 
     def fail(self, cause: Cause, why: str) -> None:
         """End the job as failed."""
@@ -85,19 +81,23 @@ class Job:
 
     def advance(self) -> None:
         """Do whatever has become possible or due.  While nobody can be heard, nothing begins and no wait is over."""
+        if self.state.phase is Phase.WAITING and self.state.pause:
+            self.move(Phase.PAUSED, plans.said_by(self.state.pause.by, self.state.pause.reason))
         if self.fleet.deaf_since:
             if self.state.phase in {Phase.COLLECTING, Phase.EVALUATING} and self.roll.is_answered:
-                self._close("all have answered")
+                rounds.close(self, "all have answered")
             return
-        survey.ask(self)
+        survey.end_late(self)
+        if self.state.phase is not Phase.PAUSED:
+            survey.ask(self)
         if self.state.phase is Phase.WAITING:
             self._start()
         elif self.state.phase in {Phase.COLLECTING, Phase.EVALUATING}:
-            self._close_if_due()
+            rounds.close_if_due(self)
 
     def postpone(self, absence_s: float) -> None:
         """Nobody could be heard for so long: whoever was waited for is waited for as much longer."""
-        for share in self._open_surveys():
+        for share in survey.open_surveys(self.state):
             self.state.members[share.agent].survey_close_at += absence_s
         self.state.waiting_since += absence_s
         if self.state.round:
@@ -114,7 +114,7 @@ class Job:
         if self.state.phase is Phase.WAITING:
             waits = (self.rules.start_wait_s, self.rules.survey_s, self.rules.wait_s)
             due += [at for wait in waits if (at := self.state.waiting_since + wait) > self.now]
-            due += [roll.missed.after(self.now)] if self._is_final else []
+            due += [roll.missed.after(self.now)] if self._is_final or self.state.is_stopped else []
         if self.state.round and self.state.phase in {Phase.COLLECTING, Phase.EVALUATING}:
             due.append(self.state.round.close_at)
         return min((at for at in due if at is not None), default=None)
@@ -131,8 +131,8 @@ class Job:
         return self.roll.ready.names()
 
     def _start(self) -> None:
-        if self.state.carried and len(self.state.carried) >= self.state.quorum:
-            self.open("train", {})  # what a failed attempt lacked came in after it
+        if self._needs_no_more():
+            rounds.begin(self, "train", {})
             return
         first = self.state.round_number == 0 and self.state.attempt == 0
         roll = self.roll
@@ -145,13 +145,21 @@ class Job:
                 return
             if self._is_final:
                 if roll.missed.after(self.now) is None:  # measured by all who may still come
-                    self.open("evaluate", {a: plans.evaluation_choice(self.state, a) for a in self.ready()})
+                    choices = {a: plans.evaluation_choice(self.state, a) for a in self.ready()}
+                    rounds.begin(self, "evaluate", choices)
                 return
             if roll.ready and len(roll.ready) >= self.needed(first=first):
                 planning.start(self, self.ready())
                 return
         if self.now >= self.state.waiting_since + self.rules.wait_s:
             self.fail(*plans.no_agents(self.state, self.fleet))
+
+    def _needs_no_more(self) -> bool:
+        """Whether what an attempt lacked came in after it; those that were only stopped are asked again, if they are there."""
+        if not self.state.carried or len(self.state.carried) < self.state.quorum:
+            return False
+        may_come = self.roll.ready or self.roll.missed.after(self.now) is not None or self._more_to_come()
+        return not (self.state.is_stopped and may_come)
 
     def _more_to_come(self) -> bool:
         """Whether to wait for agents of another job: jobs take turns, none lives on what another leaves over."""
@@ -177,117 +185,18 @@ class Job:
         asked = (self.state.round_number + 1, self.state.attempt)
         return self.state.phase is phase and (number, attempt) == asked
 
-    def open(self, purpose: Purpose, choices: dict[str, Choice]) -> None:
-        """Open the next round: a share for each of these agents, beside those that a failed attempt left."""
-        rules, trains = self.rules, purpose == "train"
-        wanted = len(choices) + len(self.state.carried)
-        target = min(rules.n_agents, wanted) if trains and rules.n_agents else wanted
-        stop_at = self.now + (planning.train_s(self) if trains else rules.survey_s)
-        self.state.round = Round(
-            number=self.state.round_number + 1,
-            attempt=self.state.attempt,
-            purpose=purpose,
-            opened_at=self.now,
-            stop_at=stop_at,
-            close_at=stop_at + (rules.grace_s if trains else 0.0),
-            target=target,
-            quorum=max(rules.min_agents, math.ceil(rules.quorum_ratio * target)) if trains else 0,
-            shares=dict(self.state.carried) if trains else {},
-        )
-        self.state.carried = {}
-        self.roster.touch(*self.state.round.shares)
-        self.move(Phase.COLLECTING if trains else Phase.EVALUATING)
-        for agent, choice in sorted(choices.items()):
-            share = Share(agent=agent, attempt=self.state.attempt, choice=choice, assigned_at=self.now)
-            self.state.round.shares[agent] = share
-            self.fleet.agents[agent].task = self.name
-            self.roster.touch(agent)
-            self.out.append(
-                act.Assign(agent=agent, plan=plans.share_plan(self.state, self.state.round, share, self.now))
-            )
-        self._close_if_due()
+    def end_share(self, share: Share, number: int, to: ExecState, reason: str, *, keep: bool = False) -> None:
+        """End one share: free its agent and clear its plan; an agent that may still be at work is told to stop.
 
-    # ------------------------------------------------------------------------------------------------ close a round
-
-    def _open_shares(self) -> list[Share]:
-        shares = self.state.round.shares if self.state.round else {}
-        return [s for s in shares.values() if s.state not in TERMINAL]
-
-    def _open_surveys(self) -> list[Share]:
-        return [m.survey for m in self.state.members.values() if m.survey and m.survey.state not in TERMINAL]
-
-    def _close_if_due(self) -> None:
-        round_ = self.state.round
-        assert round_ is not None
-        if self.now >= round_.close_at:
-            self._close(f"not in time: the round closed {round_.close_at - round_.opened_at:g} s after it opened")
-        elif round_.purpose == "train" and self.rules.n_agents and len(self.roll.done) >= round_.target:
-            self._close("superseded: enough others answered first")
-        elif self.roll.shares_vanished(self.now):
-            self._close("the agent vanished and did not come back in time")
-
-    def _close(self, why: str) -> None:
-        round_ = self.state.round
-        assert round_ is not None
-        open_shares = self._open_shares()
-        if round_.purpose == "train":
-            self._remember(round_, open_shares)
-        for share in open_shares:
-            superseded = why.startswith("superseded")
-            self.end_share(share, round_.number, ExecState.SUPERSEDED if superseded else ExecState.TIMED_OUT, why)
-        if round_.purpose == "evaluate":
-            self.end(Phase.COMPLETED, "")
-            return
-        n_done = len(self.roll.done)
-        if n_done >= round_.quorum:
-            round_.late, self.state.late = self.state.late, []
-            self.move(Phase.AGGREGATING)
-            self.out.append(plans.aggregate(self.state, round_))
-        else:
-            self._retry(f"{n_done} of the {round_.quorum} updates needed")
-
-    def _remember(self, round_: Round, open_shares: list[Share]) -> None:
-        """What was planned for those without an update: one may still come, also of a share that had failed and began again."""
-        for share in round_.shares.values():
-            if share.choice and share.state is not ExecState.DONE:
-                by_round = self.state.tried.setdefault(share.agent, {})
-                by_round.setdefault(round_.number, {})[share.attempt] = share.choice
-        if self.rules.late == "add":
-            for share in open_shares:
-                if share.choice:
-                    self.state.missed.setdefault(share.agent, {})[round_.number] = share.choice
-
-    def _retry(self, why: str) -> None:
-        round_ = self.state.round
-        assert round_ is not None
-        self._record(f"{Cause.QUORUM}: {why}")
-        ends = sorted({f"{s.agent}: {s.reason}" for s in round_.shares.values() if s.reason})
-        self.state.carried = {a: s for a, s in round_.shares.items() if s.state is ExecState.DONE}
-        self.state.quorum = round_.quorum
-        self.state.round = None
-        self.roster.touch(*round_.shares)
-        self.state.attempt += 1
-        if self.state.attempt >= self.rules.max_attempts:
-            self.fail(
-                Cause.QUORUM,
-                f"{why} in round {round_.number} after {self.state.attempt} attempts; {'; '.join(ends[:5])}",
-            )
-        else:
-            self.move(Phase.WAITING, f"{Cause.QUORUM}: {why}")
-
-    def _record(self, outcome: str) -> None:
-        assert self.state.round is not None
-        record = plans.round_record(self.state, self.state.round, outcome, self.now)
-        self.out.append(act.Record(job=self.name, record=record))
-
-    def end_share(self, share: Share, number: int, to: ExecState, reason: str) -> None:
-        """End one share: free its agent and clear its plan; an agent that may still be at work is told to stop."""
+        With `keep` it keeps what it has trained, for another attempt of the round.
+        """
         share.state, share.reason, share.ended_at = to, reason, self.now
         agent = self.fleet.agents[share.agent]
         if agent.task == self.name:
             agent.task = ""
             stops = to not in {ExecState.DONE, ExecState.FAILED, ExecState.REJECTED}
-            cancel = Cancel(job=self.name, round=number, attempt=share.attempt, reason=reason[:2000]) if stops else None
+            key = {"job": self.name, "round": number, "attempt": share.attempt}
+            cancel = Cancel(**key, reason=reason[:2000], keep=keep) if stops else None  # type: ignore[arg-type]
             self.out.append(act.Withdraw(agent=share.agent, cancel=cancel))
         self.roster.touch(share.agent)
 
@@ -297,12 +206,13 @@ class Job:
         """A new version: the round is over."""
         if not self.awaits(Phase.AGGREGATING, event.round, event.attempt):
             return
-        self._record("aggregated")
+        rounds.record(self, "aggregated")
         learning.overhead(self)
         state, ended = self.state, self.state.round
         assert ended is not None
         state.version, state.model, state.master = event.version, event.model, event.master
         state.round_number, state.attempt, state.round = event.round, 0, None
+        state.n_stopped = state.first_attempt = 0
         self.roster.touch(*ended.shares)
         if event.version == 1 and state.plan and state.plan.train_s:
             state.stale = "agents now carry the fleet's adapter too"
@@ -337,6 +247,7 @@ class Job:
             self.count("not_finite")
         elif found and found.version == self.state.version:
             share.evaluated = found
+        share.energy = event.energy or share.energy
         if share.state in TERMINAL:
             return
         round_ = self.state.round
@@ -396,7 +307,7 @@ class Job:
         state = self.state
         if state.phase in ENDED:
             return
-        self.out.append(act.Announce(card=plans.job_card(state)))
+        self.announce()
         if state.model:
             self.out.append(act.Serve(job=self.name, blob=state.model))
         for agent in sorted(state.members):

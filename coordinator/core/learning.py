@@ -15,7 +15,7 @@ import msgspec
 
 from coordinator.core.choice import Choice
 from coordinator.core.state import Member
-from protocol.messages import Offer
+from protocol.messages import Calibrated, Offer
 
 if TYPE_CHECKING:
     from coordinator.core.job import Job
@@ -80,25 +80,36 @@ def _moved(factor: float, seen: float, gain: float) -> float:
     return min(high, max(low, moved))
 
 
+def measured(member: Member) -> Calibrated | None:
+    """What an agent measured in its survey, with what its training has taught since."""
+    calibrated, surveyed = member.calibrated, member.surveyed
+    if not member.learned or calibrated is None or surveyed is None:
+        return calibrated
+    scores, width = bytearray(calibrated.scores), 4 * calibrated.probe_rank
+    for at, matrix in enumerate(surveyed.matrices):
+        if found := member.learned.get(matrix.name):
+            scores[at * width : at * width + len(found)] = found
+    return msgspec.structs.replace(calibrated, scores=bytes(scores))
+
+
 def _rescore(member: Member, scores: Mapping[str, list[float]]) -> None:
     """Move the scores of the trained matrices towards what training saw, keeping their sum: only their shares are news."""
-    calibrated, surveyed = member.calibrated, member.surveyed
+    calibrated, surveyed = measured(member), member.surveyed
     if not scores or calibrated is None or surveyed is None:
         return
     width = calibrated.probe_rank
     if len(calibrated.scores) != 4 * width * len(surveyed.matrices):
         return
     old = array("f", calibrated.scores)
-    rows = {matrix.name: at * width for at, matrix in enumerate(surveyed.matrices)}
-    pairs = [
-        (rows[name] + i, value)
-        for name, found in scores.items()
-        if name in rows
-        for i, value in enumerate(found[:width])
-    ]
+    rows = {matrix.name: at * width for at, matrix in enumerate(surveyed.matrices) if matrix.name in scores}
+    pairs = [(row + i, value) for name, row in rows.items() for i, value in enumerate(scores[name][:width])]
     had, got = sum(old[at] for at, _ in pairs), sum(value for _, value in pairs)
     if not had or not got:
         return
     for at, value in pairs:
         old[at] = (1 - RESCORE_GAIN) * old[at] + RESCORE_GAIN * value * had / got
-    member.calibrated = msgspec.structs.replace(calibrated, scores=old.tobytes())
+    moved = {}
+    for name, row in rows.items():
+        n = max(len(scores[name][:width]), len(member.learned.get(name, b"")) // 4)
+        moved[name] = old[row : row + n].tobytes()
+    member.learned = member.learned | moved  # a new one: the planner may be reading the old

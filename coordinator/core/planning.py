@@ -16,20 +16,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from coordinator.core import actions as act
 from coordinator.core import events as ev
-from coordinator.core import plans
+from coordinator.core import plans, rounds
 from coordinator.core.choice import Choice
 from coordinator.core.state import Cause, Phase, RoundPlan
 from protocol.messages import Cancel
 
 if TYPE_CHECKING:
     from coordinator.core.job import Job
-
-TRAIN_S: Final = 600.0
-"""Training time of a round where neither the job file nor the planner says one."""
 
 
 def start(job: Job, ready: list[str]) -> None:
@@ -41,7 +38,7 @@ def start(job: Job, ready: list[str]) -> None:
         ready = sorted(draw.sample(ready, min(max(job.wanted(), 1), len(ready))))
     state.stale = _why_anew(job, ready)
     if not state.stale and state.plan:
-        job.open("train", {agent: state.plan.choices[agent] for agent in ready if agent in state.plan.choices})
+        rounds.begin(job, "train", {agent: state.plan.choices[agent] for agent in ready if agent in state.plan.choices})
         return
     state.planned = ready
     job.move(Phase.PLANNING)
@@ -68,19 +65,13 @@ def ready(job: Job, event: ev.PlanReady) -> None:
     elif len(free) < needed:
         job.move(Phase.WAITING, "planned agents left")
     else:
-        job.open("train", free)
+        rounds.begin(job, "train", free)
 
 
 def failed(job: Job, event: ev.PlanFailed) -> None:
     """No plan, no round: the job ends and says what the planner said."""
     if job.awaits(Phase.PLANNING, event.round, event.attempt):
         job.fail(Cause.PLAN, event.reason)
-
-
-def train_s(job: Job) -> float:
-    """How long the agents of a round may train: pinned, planned, or the default.  Unit: seconds."""
-    planned = job.state.plan.train_s if job.state.plan else None
-    return job.rules.train_s or planned or TRAIN_S
 
 
 def _adopt(job: Job, event: ev.PlanReady) -> None:

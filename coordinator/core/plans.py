@@ -23,17 +23,33 @@ from coordinator.core.state import (
     Share,
     ShareRecord,
 )
-from protocol.messages import Base, Bits, Calibration, Evaluation, ExecState, JobCard, Offer, Plan, Training
+from protocol.messages import (
+    Base,
+    Bits,
+    Calibration,
+    Evaluation,
+    ExecState,
+    JobCard,
+    Offer,
+    Plan,
+    Training,
+    UpdateDtype,
+)
+from protocol.widths import component_bytes
 
-_ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 BITS: Final[tuple[Bits, ...]] = ("none", "int8", "nf4")
 
 
-def update_limit_bytes(job: JobState, ranks: dict[str, int]) -> int:
-    """The largest update that fits these ranks: its tensors plus room for names and framing.  Unit: bytes."""
-    item = _ITEM_BYTES[job.spec.adapter.update_dtype]
-    tensors = sum(ranks.get(m.name, 0) * (m.d_in + m.d_out) * item for m in job.matrices)
+def update_limit_bytes(job: JobState, choice: Choice) -> int:
+    """The largest update that fits this choice: its tensors plus room for names and framing.  Unit: bytes."""
+    ranks, dtype = choice.ranks, _update_dtype(job, choice)
+    sides = (component_bytes(m.d_in, dtype) + component_bytes(m.d_out, dtype) for m in job.matrices)
+    tensors = sum(ranks.get(m.name, 0) * side for m, side in zip(job.matrices, sides, strict=True))
     return tensors + 65_536 + 512 * len(ranks)
+
+
+def _update_dtype(job: JobState, choice: Choice) -> UpdateDtype:
+    return choice.update_dtype or job.spec.adapter.update_dtype or "bf16"
 
 
 def seed_of(job: JobState, round_number: int, purpose: str) -> int:
@@ -146,8 +162,9 @@ def share_plan(job: JobState, round_: Round, share: Share, now: float) -> Plan:
         predicted_bytes=share.choice.predicted.peak_bytes if share.choice.predicted else 0,
         train=_training(job, round_, share),
         evaluate=_evaluation(job, round_),
-        update_dtype=job.spec.adapter.update_dtype,
-        max_update_bytes=update_limit_bytes(job, share.choice.ranks) if trains else 0,
+        update_dtype=_update_dtype(job, share.choice),
+        kept_energy_ratio=job.spec.adapter.kept_energy_ratio,
+        max_update_bytes=update_limit_bytes(job, share.choice) if trains else 0,
         stop_after_s=max(0.0, round_.stop_at - now),
         ttl_s=max(0.0, round_.close_at - now),
     )
@@ -217,6 +234,7 @@ def _share_record(share: Share) -> ShareRecord:
         train_s=offer.train_s if offer else 0.0,
         wall_s=max(0.0, share.ended_at - share.assigned_at) if share.ended_at else 0.0,
         evaluated=share.evaluated,
+        energy=(offer.energy if offer else None) or share.energy,
         bits=choice.bits if choice else "",
         rank_sum=sum(choice.ranks.values()) if choice else 0,
         planned_samples=choice.n_samples if choice else 0,
@@ -266,4 +284,13 @@ def phase_text(job: JobState) -> str:
     where = "the final version" if is_final else f"round {job.round_number + 1} of {job.spec.round.n_rounds}"
     if job.phase in {Phase.COMPLETED, Phase.FAILED, Phase.CANCELLED}:
         return f"{job.phase}: {job.reason}" if job.reason else str(job.phase)
-    return f"{job.phase}, {where}" + (f" (attempt {job.attempt + 1})" if job.attempt else "")
+    attempt = f" (attempt {job.attempt + 1})" if job.attempt else ""
+    if job.phase is Phase.PAUSED and job.pause:
+        return f"paused before {where}{attempt}, {said_by(job.pause.by, job.pause.reason)}"
+    pending = f"; then paused, {said_by(job.pause.by, job.pause.reason)}" if job.pause else ""
+    return f"{job.phase}, {where}{attempt}{pending}"
+
+
+def said_by(who: str, reason: str) -> str:
+    """By whom, and why if they said so."""
+    return f"by {who}" + (f": {reason}" if reason else "")

@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from protocol.messages import Base, Bits, Id, Name, Rank, Ratio, Wire
+from protocol.messages import Base, Bits, Id, Name, Rank, Ratio, UpdateDtype, Wire
 
 Positive = Annotated[int, Meta(ge=1, le=10**7)]
 """A count; at most what a plan may say (protocol/messages.py), or no agent could read it."""
@@ -46,8 +46,10 @@ class Adapter(Table, frozen=True, kw_only=True):
     max_rank: Rank = 32
     """Rank of the global adapter; what truncation drops is reported."""
     bits: Bits | None = None
-    update_dtype: Wire = "bf16"
-    """Half the bytes of fp32 at 0.16 % error of the round's update."""
+    update_dtype: UpdateDtype | None = None
+    """Pinned: how updates travel.  Otherwise each agent's measured link decides between bf16, int8 and nf4."""
+    kept_energy_ratio: Annotated[float, Meta(gt=0, le=1)] = 0.99
+    """Share of the squared norm of a matrix's change that an update holds; weaker components are not sent."""
     model_dtype: Wire = "bf16"
     server_lr: Annotated[float, Meta(gt=0, le=10)] = 1.0
 

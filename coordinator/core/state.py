@@ -9,7 +9,7 @@ import msgspec
 
 from coordinator.core.choice import Choice, Prediction
 from coordinator.core.spec import JobSpec
-from protocol.messages import Blob, Calibrated, Evaluated, ExecState, Matrix, Offer, Report, Surveyed
+from protocol.messages import Blob, Calibrated, Energy, Evaluated, ExecState, Matrix, Offer, Report, Surveyed
 
 STATE_VERSION: Final = 1
 
@@ -24,6 +24,7 @@ class Phase(StrEnum):
     COLLECTING = "collecting"
     AGGREGATING = "aggregating"
     EVALUATING = "evaluating"
+    PAUSED = "paused"
     COMPLETED = "completed"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -40,11 +41,14 @@ class Cause(StrEnum):
 
 
 MOVES: Final[dict[Phase, frozenset[Phase]]] = {
-    Phase.WAITING: frozenset({Phase.PLANNING, Phase.COLLECTING, Phase.EVALUATING, Phase.FAILED, Phase.CANCELLED}),
+    Phase.WAITING: frozenset(
+        {Phase.PLANNING, Phase.COLLECTING, Phase.EVALUATING, Phase.PAUSED, Phase.FAILED, Phase.CANCELLED}
+    ),
     Phase.PLANNING: frozenset({Phase.COLLECTING, Phase.WAITING, Phase.FAILED, Phase.CANCELLED}),
     Phase.COLLECTING: frozenset({Phase.AGGREGATING, Phase.WAITING, Phase.FAILED, Phase.CANCELLED}),
     Phase.AGGREGATING: frozenset({Phase.WAITING, Phase.FAILED, Phase.CANCELLED}),
-    Phase.EVALUATING: frozenset({Phase.COMPLETED, Phase.CANCELLED}),
+    Phase.EVALUATING: frozenset({Phase.WAITING, Phase.COMPLETED, Phase.CANCELLED}),
+    Phase.PAUSED: frozenset({Phase.WAITING, Phase.CANCELLED}),
     Phase.COMPLETED: frozenset(),
     Phase.FAILED: frozenset(),
     Phase.CANCELLED: frozenset(),
@@ -83,6 +87,7 @@ class Share(msgspec.Struct, kw_only=True):
     ended_at: float = 0.0
     offer: Offer | None = None
     evaluated: Evaluated | None = None
+    energy: Energy | None = None
 
 
 class Round(msgspec.Struct, kw_only=True):
@@ -113,6 +118,8 @@ class Member(msgspec.Struct, kw_only=True):
     time_factor: float = 1.0
     memory_factor: float = 1.0
     """Measured / predicted over the rounds so far: what the cost model is corrected by for this agent."""
+    learned: dict[str, bytes] = {}
+    """Matrix -> the first of its scores as training has moved them since (learning.py), float32, little endian."""
     oom_bytes: int = 0
     """Predicted peak of the smallest share that ran out of memory all the same; the next must stay well below.  0: none."""
 
@@ -140,6 +147,7 @@ class ShareRecord(msgspec.Struct, frozen=True, kw_only=True):
     train_s: float = 0.0
     wall_s: float = 0.0
     evaluated: Evaluated | None = None
+    energy: Energy | None = None
     bits: str = ""
     rank_sum: int = 0
     planned_samples: int = 0
@@ -180,6 +188,24 @@ class RoundPlan(msgspec.Struct, frozen=True, kw_only=True):
     choices: dict[str, Choice] = {}
     left_out: dict[str, str] = {}
     notes: list[str] = []
+
+
+class Pause(msgspec.Struct, frozen=True, kw_only=True):
+    """An operator wants no new round of a job: who said so, when (seconds since the epoch), and why."""
+
+    by: str
+    at: float
+    reason: str = ""
+
+
+class Rollback(msgspec.Struct, frozen=True, kw_only=True):
+    """Version `version` of a job is version `of` once more: who said so, when, and why."""
+
+    version: int
+    of: int
+    by: str
+    at: float
+    reason: str = ""
 
 
 class JobState(msgspec.Struct, kw_only=True):
@@ -223,6 +249,50 @@ class JobState(msgspec.Struct, kw_only=True):
     """Late updates that wait for the next aggregate; their weight is not yet discounted."""
     seen: dict[str, dict[int, str]] = {}
     """agent -> round -> digest of the stored update: nothing is counted twice."""
+    pause: Pause | None = None
+    """No round begins while there is one; the round under way may still end."""
+    n_stopped: int = 0
+    """Attempts of the next round that an operator stopped: they are no failures."""
+    is_stopped: bool = False
+    """The last attempt was stopped: whoever is there of those that lack is asked again, although the carried may be a quorum."""
+    first_attempt: int = 0
+    """Of the next round: updates of earlier attempts were made from a version that the job has gone back from."""
+    rollbacks: list[Rollback] = []
+
+
+class JobDetail(msgspec.Struct, frozen=True, kw_only=True):
+    """What people may still ask of a job that has ended, and no decision needs: it is kept beside the state."""
+
+    matrices: list[Matrix] = []
+    members: dict[str, Member] = {}
+    plan: RoundPlan | None = None
+
+
+def shed(job: JobState) -> JobDetail:
+    """Take from a job that has ended whatever its late messages are not answered by, and hand it over; measurements go."""
+    detail = JobDetail(
+        matrices=job.matrices, members={name: _brief(member) for name, member in job.members.items()}, plan=job.plan
+    )
+    job.matrices, job.members, job.plan = [], {}, None
+    job.planned, job.carried, job.missed, job.tried, job.late = [], {}, {}, {}, []
+    return detail
+
+
+def with_detail(job: JobState, detail: JobDetail | None) -> JobState:
+    """A job for people to look at, with what it has shed."""
+    if detail is None:
+        return job
+    return msgspec.structs.replace(job, matrices=detail.matrices, members=detail.members, plan=detail.plan)
+
+
+def _brief(member: Member) -> Member:
+    found, measured = member.surveyed, member.calibrated
+    return msgspec.structs.replace(
+        member,
+        learned={},
+        surveyed=found and msgspec.structs.replace(found, matrices=found.matrices[:1]),  # one at least: Surveyed
+        calibrated=measured and msgspec.structs.replace(measured, scores=b"", shapes=[], points=[]),
+    )
 
 
 class FleetState(msgspec.Struct, kw_only=True):

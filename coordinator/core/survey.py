@@ -13,7 +13,7 @@ import msgspec
 from coordinator.core import actions as act
 from coordinator.core import events as ev
 from coordinator.core import plans
-from coordinator.core.state import Member, Share
+from coordinator.core.state import JobState, Member, Share
 from protocol.messages import TERMINAL, ExecState, Matrix, Surveyed
 
 if TYPE_CHECKING:
@@ -24,14 +24,23 @@ UNPROVEN: Final = 1.1
 """Memory is planned with a tenth more than the model says until a round has shown it: too low costs a round, too high little."""
 
 
-def ask(job: Job) -> None:
-    """End surveys that took too long; survey every idle agent that is new to the job."""
-    members = job.state.members
+def open_surveys(state: JobState) -> list[Share]:
+    """Surveys that have not ended."""
+    return [m.survey for m in state.members.values() if m.survey and m.survey.state not in TERMINAL]
+
+
+def end_late(job: Job) -> None:
+    """End surveys that took too long."""
     for agent in job.roll.survey_closes.past(job.now):
-        member = members[agent]
+        member = job.state.members[agent]
         assert member.survey is not None
         member.excluded = f"no survey within {job.rules.survey_s:g} s"
         job.end_share(member.survey, 0, ExecState.TIMED_OUT, member.excluded)
+
+
+def ask(job: Job) -> None:
+    """Survey every idle agent that is new to the job."""
+    members = job.state.members
     for agent in job.roll.unasked.names():
         member = members.setdefault(agent, Member())
         attempt = member.survey.attempt + 1 if member.survey else 0
@@ -62,7 +71,7 @@ def moved(job: Job, share: Share, event: ev.ShareMoved) -> None:
         member.excluded = OTHER_MATRICES
         job.end_share(share, 0, ExecState.FAILED, member.excluded)
     elif event.state is ExecState.DONE and event.surveyed and event.surveyed.n_train > 0:
-        member.surveyed, member.calibrated = event.surveyed, event.calibrated
+        member.surveyed, member.calibrated, member.learned = event.surveyed, event.calibrated, {}
         member.uncalibrated = "" if event.calibrated else event.reason
         member.time_factor = event.calibrated.load_ratio if event.calibrated else 1.0
         member.memory_factor = UNPROVEN

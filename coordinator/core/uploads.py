@@ -39,6 +39,8 @@ def _place(job: Job, agent: str, offer: Offer) -> tuple[Place, str]:
         return Place.NOWHERE, "superseded: a different update of this agent is already counted in this round"
     if state.phase in ENDED or state.phase is Phase.EVALUATING:
         return Place.NOWHERE, f"superseded: the job is {state.phase}"
+    if offer.round == state.round_number + 1 and offer.attempt < state.first_attempt:
+        return Place.NOWHERE, "superseded: the job was rolled back, and this update was made from a version it has left"
     share = _current_share(job, agent, offer)
     if share and share.state not in TERMINAL:
         return Place.CURRENT, ""
@@ -79,13 +81,15 @@ def _tried(job: Job, agent: str, offer: Offer) -> Choice | None:
     return job.state.tried.get(agent, {}).get(offer.round, {}).get(offer.attempt)
 
 
-def _fault(job: Job, offer: Offer, choice: Choice) -> str:
+def _fault(job: Job, agent: str, offer: Offer, choice: Choice) -> str:
     """Why an offer is refused before a byte of it is pulled; empty when it is fine."""
-    limit = update_limit_bytes(job.state, choice.ranks)
+    limit = update_limit_bytes(job.state, choice)
     train = job.state.spec.train
     row_samples = train.max_tokens if train.packing else 1  # a packed row holds one sample per token at the utmost
     planned = choice.n_samples * row_samples
-    if offer.attempt >= job.rules.max_attempts or offer.steps > choice.n_steps:
+    n_attempts = max(job.rules.max_attempts, job.state.attempt + 1)  # those that were stopped come on top
+    is_known = offer.attempt < n_attempts or _tried(job, agent, offer)
+    if not is_known or offer.steps > choice.n_steps:
         return (
             f"bad update: attempt {offer.attempt} with {offer.steps} steps claimed where {choice.n_steps} were planned"
         )
@@ -106,7 +110,7 @@ def offered(job: Job, event: ev.UpdateOffered) -> None:
         job.out.append(act.Acknowledge(agent=agent, xfer=offer.blob.xfer))
         return
     if place is not Place.NOWHERE:
-        reason = _fault(job, offer, _choice(job, agent, offer))
+        reason = _fault(job, agent, offer, _choice(job, agent, offer))
     if reason:
         _decline(job, agent, offer, reason)
         return

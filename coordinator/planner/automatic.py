@@ -29,14 +29,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from coordinator.core.choice import Choice, Prediction
-from coordinator.planner import explain, fixed, gains, knapsack, search
-from coordinator.planner.bounds import bounds
+from coordinator.planner import explain, fixed, gains, knapsack, search, uplink
+from coordinator.planner.bounds import Bounds, bounds
 from coordinator.planner.servers import (
-    ITEM_BYTES,
     Ask,
     Mode,
     Server,
@@ -110,12 +110,12 @@ def _servers(ask: Ask, agents: Sequence[str]) -> tuple[list[Server], dict[str, C
         may = bounds(ask.reports.get(agent))
         try:
             if ask.spec.is_pinned(agent):
-                choices[agent] = fixed.choose(ask.spec, agent, ask.matrices, may)
+                choices[agent] = _fixed(ask, agent, may)
                 continue
             try:
                 found.append(server(ask, agent))
             except BadMessage as error:
-                choices[agent] = fixed.choose(ask.spec, agent, ask.matrices, may, f"by default: {error}")
+                choices[agent] = _fixed(ask, agent, may, f"by default: {error}")
                 notes.append(f"{agent} takes part with defaults: {error}")
         except BadConfig as error:
             left_out[agent] = str(error)
@@ -129,6 +129,12 @@ def _servers(ask: Ask, agents: Sequence[str]) -> tuple[list[Server], dict[str, C
     rules = ask.spec.plan
     scoped = [one._replace(gain=gains.scoped(one.gain, fleet[one.ranks], rules)) for one in found]
     return scoped, choices, left_out, notes
+
+
+def _fixed(ask: Ask, agent: str, may: Bounds, why: str = "by default") -> Choice:
+    choice = fixed.choose(ask.spec, agent, ask.matrices, may, why)
+    dtype = uplink.update_dtype(ask.spec, ask.matrices, ask.reports.get(agent), uplink.typical_s(ask.spec))
+    return msgspec.structs.replace(choice, update_dtype=dtype)
 
 
 def _classes(ask: Ask, servers: Sequence[Server]) -> list[list[Server]]:
@@ -189,8 +195,7 @@ def _choice(ask: Ask, draft: _Draft, answer: knapsack.Solution | knapsack.Infeas
     ranks = _ranks(ask, one, answer.options if is_better else found.options[picked.at])  # type: ignore[union-attr]
     importance = _captured(ask, one, ranks)
     step_s, peak_bytes = one.cost.predict(setting(ask, one, mode, ranks))
-    up_bytes = sum(ranks.get(m.name, 0) * (m.d_in + m.d_out) for m in ask.matrices)
-    up_bytes *= ITEM_BYTES[ask.spec.adapter.update_dtype]
+    up_bytes = sum(ranks.get(m.name, 0) * uplink.side_bytes([m], one.update_dtype) for m in ask.matrices)
     predicted = Prediction(
         step_s=step_s,
         train_s=picked.n_steps * step_s,
@@ -212,6 +217,7 @@ def _choice(ask: Ask, draft: _Draft, answer: knapsack.Solution | knapsack.Infeas
         accumulation=mode.accumulation,
         checkpointing=mode.checkpointing,
         rate_ratio=_rate_ratio(ask, one, mode),
+        update_dtype=one.update_dtype,
         why=explain.why(ask, mode, ranks, importance, predicted, limited_by),
         limit=limited_by,
         importance=importance,

@@ -20,7 +20,6 @@ from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import nnls
 
 from protocol import memory
 from protocol.messages import Bits, Calibrated, Point, Surveyed
@@ -274,6 +273,8 @@ def _solved(x: F64, y: F64, prior: F64, pull: F64) -> F64:
     A pull of p makes b_j at twice its prior cost as much as an error of p times the share of y that x_j prior_j explains,
     at least p / 100.  Shapes: x (n, k), y (n,), prior and pull (k,) -> (k,).
     """
+    from scipy.optimize import nnls  # 50 MB, and a fleet whose jobs pin everything never fits anything
+
     scaled = x * prior / y[:, None]  # b relative to its prior
     shares = np.maximum(scaled.max(axis=0), 0.01)
     weights = np.ones(len(y))

@@ -159,6 +159,7 @@ def _report(device: Device) -> Report:
     return Report(
         bits=device.bits,
         up_bytes_per_s=device.up_mbit_per_s * 125_000,
+        update_dtypes=["int8", "nf4"],
         down_bytes_per_s=device.down_mbit_per_s * 125_000,
         allowance=Allowance(device=device.name, memory_bytes=int(device.memory_gib * 2**30)),
     )

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from coordinator.planner import hull
+from coordinator.planner import hull, uplink
 from coordinator.planner.servers import Ask, Mode, Server, costs, down_s, layers, upload_s
 from protocol.messages import Bits
 
@@ -99,8 +99,7 @@ def _path(ask: Ask, one: Server, mode: Mode) -> Ints | None:
         return None
     parts = costs(ask, one, mode)
     room = max(one.limit_bytes - parts.base_bytes, 1.0)
-    typical_s = ask.spec.round.train_s or math.sqrt(ask.spec.plan.min_train_s * ask.spec.plan.max_train_s)
-    time = parts.time / max(parts.base_s, SHORTEST_S) + upload_s(ask, one) / typical_s
+    time = parts.time / max(parts.base_s, SHORTEST_S) + upload_s(ask, one) / uplink.typical_s(ask.spec)
     path = hull.path(one.gain, parts.memory, time, (1.0 / room, 1.0), open_to)
     at = np.unique(np.linspace(0, len(path.steps), N_PREFIXES).astype(int))
     return path.prefixes(at)

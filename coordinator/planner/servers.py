@@ -13,14 +13,15 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from coordinator.core.learning import measured
 from coordinator.core.spec import JobSpec, Override
 from coordinator.core.state import Member
-from coordinator.planner import fixed, gains
+from coordinator.planner import fixed, gains, uplink
 from coordinator.planner.bounds import bounds
 from coordinator.planner.cost import CostModel, Marginal, Setting, fit, shape_of
 from protocol import memory
 from protocol.errors import BadConfig, BadMessage
-from protocol.messages import Bits, Calibrated, Matrix, Report, Surveyed
+from protocol.messages import Bits, Calibrated, Matrix, Report, Surveyed, UpdateDtype
 
 F64 = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -28,7 +29,6 @@ Bools = npt.NDArray[np.bool_]
 OOM_RATIO: Final = 0.7
 """A share that ran out of memory is followed by one with at most this part of what it needed beyond the bare base."""
 NO_LIMIT: Final = 2**60
-ITEM_BYTES: Final = {"fp32": 4, "fp16": 2, "bf16": 2}
 BUCKET: Final = 1.1
 """Servers whose figures differ by less than about this are of one class."""
 
@@ -70,6 +70,7 @@ class Server(NamedTuple):
     limit_bytes: int
     up_bytes_per_s: float
     down_bytes_per_s: float
+    update_dtype: UpdateDtype
 
     @property
     def n_samples(self) -> int:
@@ -96,7 +97,7 @@ class Ask(NamedTuple):
 def server(ask: Ask, agent: str) -> Server:
     """What is known of one agent; its `gain` is its own.  Raises BadMessage for measurements that cannot be used, BadConfig for pins."""
     member, report, pins = ask.members[agent], ask.reports.get(agent), ask.spec.pins(agent)
-    found, surveyed = member.calibrated, member.surveyed
+    found, surveyed = measured(member), member.surveyed
     if found is None or surveyed is None:
         raise BadMessage(member.uncalibrated or "nothing was measured")
     places = {m.name: at for at, m in enumerate(surveyed.matrices)}
@@ -129,6 +130,7 @@ def server(ask: Ask, agent: str) -> Server:
         limit_bytes=_limit_bytes(ask, report),
         up_bytes_per_s=report.up_bytes_per_s if report else 0.0,
         down_bytes_per_s=report.down_bytes_per_s if report else 0.0,
+        update_dtype=uplink.update_dtype(ask.spec, ask.matrices, report, uplink.typical_s(ask.spec)),
     )
     _priced(ask, one)
     return (
@@ -209,14 +211,14 @@ def costs(ask: Ask, one: Server, mode: Mode) -> Marginal:
 
 def upload_s(ask: Ask, one: Server) -> F64:
     """Seconds that each matrix adds to the upload at each option, (K, O); zeros while the link is unknown."""
-    item = ITEM_BYTES[ask.spec.adapter.update_dtype] / one.up_bytes_per_s if one.up_bytes_per_s else 0.0
-    sizes = np.array([m.d_in + m.d_out for m in ask.matrices], np.float64)
-    return item * sizes[:, None] * np.array([0, *one.ranks], np.float64)[None, :]
+    sides = np.array([uplink.side_bytes([m], one.update_dtype) for m in ask.matrices], np.float64)
+    seconds = sides / one.up_bytes_per_s if one.up_bytes_per_s else 0.0 * sides
+    return seconds[:, None] * np.array([0, *one.ranks], np.float64)[None, :]
 
 
 def down_s(ask: Ask, one: Server) -> float:
     """Seconds until the fleet's adapter is there; 0 while the link is unknown."""
-    n_bytes = ask.frozen_rank * sum(m.d_in + m.d_out for m in ask.matrices) * ITEM_BYTES[ask.spec.adapter.model_dtype]
+    n_bytes = ask.frozen_rank * uplink.side_bytes(ask.matrices, ask.spec.adapter.model_dtype)
     return n_bytes / one.down_bytes_per_s if one.down_bytes_per_s else 0.0
 
 
@@ -244,6 +246,7 @@ def class_of(one: Server, held: Bits | None, reference: tuple[float, float]) -> 
         one.ranks,
         one.allowed.tobytes(),
         _pinned(one.pins),
+        one.update_dtype,
         rounded,
     )
 

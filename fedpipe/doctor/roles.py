@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
@@ -11,7 +12,7 @@ import msgspec
 from agent.config import AgentConfig
 from coordinator.config import CoordinatorConfig
 from fedpipe.doctor import api, machine, network, session, training
-from fedpipe.doctor.findings import Finding, Series, ok, skipped
+from fedpipe.doctor.findings import Finding, Series, failed, ok, skipped, warning
 from protocol.bus import BrokerConfig
 from protocol.daemon import load_toml
 from protocol.errors import BadConfig
@@ -55,7 +56,7 @@ def agent(config: AgentConfig, place: Path, how: How) -> list[Series]:
     if identity:
         series.append(Series(("identity", "enrolment", "clock"), lambda: _identity(config, identity), BRIEF_S))
     if not how.quick:
-        series.append(Series(("torch",), lambda: training.torch(config.device), training.TORCH_S + 10))
+        series.append(Series(training.TORCH, lambda: training.torch(config.device), training.TORCH_S + 10))
     return series
 
 
@@ -65,11 +66,12 @@ def coordinator(config: CoordinatorConfig, place: Path, how: How) -> list[Series
     trust = _trust(config)
     broker = _own(config.broker, trust)
     secrets = [web.token_file, broker.password_file, broker.key_file or broker.cert_file]
-    secrets += [str(file) for file in (trust / "ca.key",) if file.exists()]
+    secrets += [str(file) for file in (trust / "ca.key", trust / "ca-old.key") if file.exists()]
     return [
         Series(("configuration", "user"), lambda: _introduced(f"coordinator of fleet {config.fleet}, {place}")),
         _broker(broker, (), lambda: _coordinator_session(config, broker, how)),
         Series(("certificate",), lambda: network.own_certificate(broker.cert_file, "")),
+        Series(("authority",), lambda: _authority(trust)),
         Series(("private-files",), lambda: machine.private(secrets)),
         Series(("state-dir", "disk"), lambda: machine.state_dir(folder, config.keep.min_free_bytes)),
         Series(("memory", "open-files"), machine.memory),
@@ -96,6 +98,26 @@ def api_of(config: CoordinatorConfig) -> tuple[str, Path | None, Path | None]:
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.web.host, config.web.host)  # noqa: S104
         url = f"http://{host}:{config.web.port}"
     return url, token_file, authority if authority.exists() else None
+
+
+def _authority(trust: Path) -> Iterator[Finding]:
+    """Finding authority: how long everything that it issued can be verified."""
+    from coordinator.trust.authority import DAY_S, SOON_S, Authority
+
+    if not (trust / "ca.pem").exists():
+        yield skipped("authority", "there is none", "`fedpipe-coordinator ca init` makes one")
+        return
+    found = Authority.load(trust)
+    left_s = found.ends_at - time.time()
+    text = f"{found.fingerprint[:16]}, for {left_s / DAY_S:.0f} days"
+    if found.predecessor:
+        text += "; the one before it is trusted as well"
+    if left_s <= 0:
+        yield failed("authority", f"it has ended: {text}", "begin anew with `fedpipe-coordinator ca init` elsewhere")
+    elif left_s < SOON_S:
+        yield warning("authority", text, "`fedpipe-coordinator ca rotate`: every agent must renew once before its end")
+    else:
+        yield ok("authority", text)
 
 
 def _trust(config: CoordinatorConfig) -> Path:

@@ -27,13 +27,20 @@ FIRST: Final = 1000
 """So many examples are read in a quick look."""
 DEPTH: Final = 3
 
+TORCH: Final = ("torch", "cuda", "bitsandbytes")
 _TRY_TORCH: Final = """
 import json, torch
-found = {"torch": torch.__version__, "cuda": torch.cuda.is_available(), "built": torch.version.cuda or "", "fault": ""}
+found = {"torch": torch.__version__, "built": torch.version.cuda or "", "gpus": [], "unreachable": "", "fault": ""}
+try:
+    if found["built"]:
+        torch.cuda.init()
+    found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+except Exception as error:
+    found["unreachable"] = str(error).partition("\\n")[0]
 try:
     import bitsandbytes as bnb
     found["bitsandbytes"] = bnb.__version__
-    place = "cuda" if found["cuda"] else "cpu"
+    place = "cuda" if found["gpus"] else "cpu"
     packed, state = bnb.functional.quantize_4bit(torch.randn(64, 64, device=place), quant_type="nf4")
     bnb.functional.dequantize_4bit(packed, state)
 except Exception as error:
@@ -44,8 +51,9 @@ print(json.dumps(found))
 
 class _Torch(msgspec.Struct):
     torch: str
-    cuda: bool
     built: str
+    gpus: list[str]
+    unreachable: str
     fault: str
     bitsandbytes: str = ""
 
@@ -85,7 +93,7 @@ def gpu(device: str) -> Iterator[Finding]:
 
 
 def torch(device: str) -> Iterator[Finding]:
-    """Finding torch: imported in a process of its own, with one matrix held in 4 bits."""
+    """The findings of TORCH: imported in a process of its own, a GPU that it reaches, one matrix held in 4 bits."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", _TRY_TORCH], capture_output=True, text=True, timeout=TORCH_S, check=False
@@ -103,19 +111,29 @@ def torch(device: str) -> Iterator[Finding]:
         last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
         yield failed("torch", f"it cannot be imported ({last})", "install it anew: fedpipe-setup agent")
         return
-    text = f"torch {found.torch}, bitsandbytes {found.bitsandbytes or 'missing'}, " + (
-        f"CUDA {found.built}" if found.cuda else "no CUDA"
-    )
+    yield ok("torch", found.torch)
+    yield _cuda(device, found)
+    text = f"bitsandbytes {found.bitsandbytes or 'missing'}"
     if found.fault:
         advice = 'without it no base can be held in 4 or 8 bits: fedpipe-setup agent, or limits.bits = ["none"]'
-        yield warning("torch", f"{text}; 4 bits do not work ({found.fault})", advice)
-    elif device.startswith("cuda") and not found.cuda:
-        advice = (
-            "install a build of torch for this driver (pytorch.org, get started), and load nvidia-uvm before the agent"
-        )
-        yield failed("torch", text, advice)
+        yield warning("bitsandbytes", f"{text}; 4 bits do not work ({found.fault})", advice)
     else:
-        yield ok("torch", text)
+        yield ok("bitsandbytes", f"{text}, holds a matrix in 4 bits")
+
+
+def _cuda(device: str, found: _Torch) -> Finding:
+    from agent.gpus import gpus
+
+    if found.gpus:
+        return ok("cuda", f"CUDA {found.built} reaches {', '.join(found.gpus)}")
+    text = f"this torch is built for CUDA {found.built}" if found.built else "this torch is built without CUDA"
+    text += f", and reaches no GPU{found.unreachable and f' ({found.unreachable})'}"
+    advice = "install a build of torch for this driver (pytorch.org, get started), and load nvidia-uvm before the agent"
+    if device.startswith("cuda"):
+        return failed("cuda", f'{text}; device = "{device}" needs one', advice)
+    if device != "cpu" and gpus([])[0]:
+        return warning("cuda", f"{text}, though the driver shows one: training runs on the CPU", advice)
+    return ok("cuda", f"{text}; none is wanted or there")
 
 
 def models(config: BasesConfig) -> Iterator[Finding]:

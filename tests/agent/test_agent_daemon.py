@@ -261,6 +261,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AgentConfig:
         base=BasesConfig(models={"toy": str(base)}),
         child=ChildConfig(threads=1),
         progress_s=0.01,
+        power_w=50.0,
     )
 
 
@@ -327,6 +328,8 @@ async def test_a_survey_and_two_rounds(stage: Stage, cloud: Cloud) -> None:
     offer = await cloud.hears(Offer, round=2)
     assert (offer.samples, offer.stopped, offer.bytes_down, offer.blob.chunk) == (3, "", model.size, CHUNK)
     assert (offer.steps, offer.peak_bytes) == (3, 7)
+    assert offer.energy is not None
+    assert offer.energy.joules > 0
     await cloud.hears_of("DONE", round=2)
     assert len(cloud.updates) == 2
     assert list((stage.agent.folder / "outbox").iterdir()) == []
@@ -383,7 +386,8 @@ async def test_what_is_owed_is_offered_after_a_restart_and_not_trained_again(sta
     assert cloud.updates == {first.blob.xfer: b"update" * 1000 + b"1"}
 
 
-async def test_cut_off_while_it_downloads_it_goes_on_at_once(stage: Stage, cloud: Cloud) -> None:
+@pytest.mark.parametrize("listening", [False, True])
+async def test_cut_off_while_it_downloads_it_goes_on_at_once(stage: Stage, cloud: Cloud, *, listening: bool) -> None:
     """The coordinator forgets all credit with the agent's birth, so credit must come behind it; no timer helps here."""
     n_chunks = 0
 
@@ -399,7 +403,8 @@ async def test_cut_off_while_it_downloads_it_goes_on_at_once(stage: Stage, cloud
     agent = await stage.start()
     agent.exchange.receiving.timeout_s = agent.exchange.receiving.max_timeout_s = 1e6
     model = cloud.serve(bytes(range(256)) * 80)
-    cloud.give(a_plan(round=2, version=1, model=model))
+    cloud.give(a_plan(round=2, version=1, model=model, broadcast=listening))
+    assert (await cloud.hears(Grant)).until == (model.n_chunks if listening else 0)
     await cloud.hears_of("TRAINING", "DONE", round=2)
     assert n_chunks >= model.n_chunks
 
@@ -552,6 +557,21 @@ async def test_outside_its_hours_it_says_so_and_holds_its_plan(stage: Stage, clo
     assert stage.agent.training.supervisor.pid is None
     cloud.give(a_plan(stop_after_s=0.0, ttl_s=10.0))
     assert "paused for the host" in (await cloud.hears_of("TIMED_OUT")).reason
+
+
+async def test_outside_the_hours_of_bulk_it_trains_and_keeps_its_update(stage: Stage, cloud: Cloud) -> None:
+    hour = (time.localtime().tm_hour + 6) % 24
+    closed = Limits(transfer_hours=[f"{hour:02}:00-{hour:02}:59"])
+    stage.config = msgspec.structs.replace(stage.config, limits=closed)
+    agent = await stage.start()
+    assert "updates and models move at" in (await cloud.hears(Report)).notes[0]
+    cloud.give(a_plan())
+    await cloud.hears_of("TRAINING", "UPLOADING")
+    assert cloud.updates == {}
+    assert not [body for body in cloud.heard if isinstance(body, Offer)]
+    agent.renew(msgspec.structs.replace(stage.config, limits=Limits()))
+    await cloud.hears_of("DONE")
+    assert len(cloud.updates) == 1
 
 
 async def test_a_service_that_computes_gets_the_processor_and_the_round_still_ends(stage: Stage, cloud: Cloud) -> None:

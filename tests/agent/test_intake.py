@@ -63,6 +63,7 @@ def test_what_is_said_to_another_is_nothing() -> None:
 
 def test_a_chunk_is_passed_on_unopened_and_bounded_by_the_bus() -> None:
     assert receive(TOPICS, "a", TOPICS.down_chunk("a", "a" * 32), b"x", plain) == Chunk("a" * 32, b"x")
+    assert receive(TOPICS, "a", TOPICS.blob("a" * 32), b"x", plain) == Chunk("a" * 32, b"x", heard=True)
     with pytest.raises(BadMessage) as large:
         receive(TOPICS, "a", TOPICS.down("a", "grant"), bytes(codec.MAX_SMALL_BYTES + 1), plain)
     assert large.value.kind == "oversized"

@@ -118,6 +118,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AgentConfig:
         base=BasesConfig(models={"toy": str(base)}),
         child=ChildConfig(threads=1),
         checkpoint_s=0.5,
+        power_w=100.0,
     )
 
 
@@ -143,6 +144,7 @@ class Bench:
             tell=self.told.append,
             moved=lambda: asyncio.ensure_future(self._tell()) and None,
             allowed_bytes=unknown,
+            look=lambda: None,
         )
 
     async def _tell(self) -> None:
@@ -190,6 +192,8 @@ async def test_a_child_that_dies_once_costs_no_step_that_was_kept(
     caplog.set_level(logging.INFO)
     end = await bench.run(a_plan(job="dies-once-13"))
     assert end.update.steps == 20
+    assert end.energy.source == "declared"
+    assert end.update.energy == end.energy, "an update takes it along, into the outbox and over a restart"
     assert actions(caplog) == ["child_started", "child_died", "child_started", "resumed"]
     assert "resumed at step 10 of 20" in caplog.text
     assert bench.files() == set(), "nothing is left of it"
@@ -202,6 +206,7 @@ async def test_a_child_that_dies_at_the_same_step_is_given_up(bench: Bench, capl
         "the coordinator learns from its first words"
     )
     assert end.reason.endswith(f"begun {MAX_STARTS} times from step 10 without getting further")
+    assert end.energy.joules > 0, "what was in vain was spent all the same"
     assert actions(caplog).count("child_started") == MAX_STARTS + 1, "once from the beginning"
     assert bench.files() == set()
     assert (await bench.run(a_plan(round=2))).update is not None, "the next round is another matter"

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.caps import Caps
 from agent.config import AgentConfig
 from agent.limits import Limits, parse_hours
 from protocol.daemon import load_toml
 from protocol.errors import BadConfig
-from protocol.messages import Base, Calibration, Plan, Training
+from protocol.messages import Base, Calibration, Plan, Report, Training
 
 GIB = 2**30
 
@@ -129,3 +130,17 @@ def test_only_what_is_allowed_is_measured() -> None:
     assert kept
     assert (kept.bits, kept.batches) == (["nf4"], [4])
     assert Limits(bits=["int8"]).kept(asked).calibration is None
+
+
+def test_outside_its_hours_bulk_waits_and_the_report_says_so() -> None:
+    limits = Limits(transfer_hours=["22:00-06:00"], up_bytes_per_s=1e6)
+    caps = Caps(limits, 12 * 60)
+    report = caps.applied(Report(up_bytes_per_s=5e6, down_bytes_per_s=5e6, notes=["x"] * 16))
+    assert (caps.up.is_open, caps.down.is_open) == (False, False)
+    assert (report.up_bytes_per_s, report.down_bytes_per_s) == (1e6, 5e6)
+    assert (len(report.notes), report.notes[0]) == (16, "updates and models move at 22:00-06:00 only")
+    assert caps.renew(limits, 22 * 60)
+    assert not caps.renew(limits, 23 * 60)
+    assert caps.is_open
+    assert caps.applied(Report()).up_bytes_per_s == 1e6, "of a link that was not measured the cap is what is known"
+    assert caps.applied(Report()).notes == []

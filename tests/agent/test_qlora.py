@@ -25,7 +25,7 @@ from agent.trainers.lora import adapted, scale_of
 from agent.trainers.meter import Meter, out_of_memory_named
 from agent.trainers.qlora import QLora, draw_seed
 from protocol.adapters import Adapter, canonical
-from protocol.errors import BadConfig, BadMessage
+from protocol.errors import BadConfig, BadMessage, BadUpdate
 from protocol.messages import Base, Bits, Evaluation, Training
 from protocol.models import write_model
 from protocol.updates import LoraUpdate
@@ -175,6 +175,25 @@ def test_a_second_round_goes_on_from_the_first(make_task: MakeTask, tmp_path: Pa
     found = losses(events[[isinstance(e, Evaluated) for e in events].index(True) :])
     assert found[0] == pytest.approx(after.loss, rel=0.3)  # B = 0: it starts where the received version is
     assert np.mean(found[-5:]) < found[0]
+
+
+def test_a_model_that_the_disk_spoiled_is_not_there_any_more(make_task: MakeTask, tmp_path: Path) -> None:
+    spoiled = tmp_path / "model.bin"
+    spoiled.write_bytes(b"")
+    with pytest.raises(BadUpdate):
+        run(QLora().train(make_task(n_steps=1, model_file=str(spoiled))))
+    assert not spoiled.exists()
+
+
+def test_only_the_energy_that_was_asked_for_is_sent(make_task: MakeTask) -> None:
+    trainer = QLora()
+    _, finished = run(trainer.train(make_task(n_steps=4, update_dtype="fp32")))
+    whole = update(finished)
+    _, finished = run(trainer.train(make_task(n_steps=4, update_dtype="nf4", kept_energy_ratio=0.8)))
+    cut = update(finished)
+    assert sum(f.rank for f in cut.values()) < sum(f.rank for f in whole.values())
+    for name, factors in whole.items():
+        assert 0.75 * factors.norm() ** 2 < cut[name].norm() ** 2 < 1.05 * factors.norm() ** 2
 
 
 def test_the_same_plan_makes_the_same_update_and_another_round_another(make_task: MakeTask) -> None:

@@ -17,6 +17,7 @@ from protocol.messages import (
     Blob,
     Calibrated,
     Calibration,
+    Energy,
     Evaluated,
     ExecState,
     Level,
@@ -118,8 +119,10 @@ class Play:
     def failed(self, reason: str) -> Play:
         return self.feed(ev.ChildFailed(reason=reason))
 
-    def cancel(self, job: str = "j", number: int = 1, attempt: int = 0, reason: str = "not needed") -> Play:
-        return self.feed(ev.CancelCame(job=job, round=number, attempt=attempt, reason=reason))
+    def cancel(
+        self, job: str = "j", number: int = 1, attempt: int = 0, reason: str = "not needed", *, keep: bool = False
+    ) -> Play:
+        return self.feed(ev.CancelCame(job=job, round=number, attempt=attempt, reason=reason, keep=keep))
 
     def brings(self, *kinds: type[act.Action]) -> Play:
         """The last event brought exactly wishes of these kinds, in this order."""
@@ -567,6 +570,36 @@ def test_what_was_suspended_is_offered_when_its_round_is_over() -> None:
     play.feed(ev.NothingPlanned()).brings()
 
 
+def test_a_share_that_will_be_attempted_again_is_kept_as_a_checkpoint() -> None:
+    update = a_suspended()
+    play = Play().plan().began("training").cancel(reason="paused", keep=True)
+    play.brings(act.StopChild).wish(act.StopChild, reason="paused", suspend=True)
+    play.finished(update, stopped=SUSPENDED).brings(act.ForgetUpdate, act.Say).says(
+        ExecState.CANCELLED, reason="paused"
+    )
+    play.idle()
+    play.plan(attempt=1).brings(act.Say, act.StartChild)
+
+
+def test_what_cannot_be_kept_for_another_attempt_is_handed_in() -> None:
+    update = an_offer(a_plan(), samples=2)
+    play = Play().plan().began("training").cancel(keep=True).finished(update, stopped="not needed")
+    play.brings(act.OfferUpdate, act.Say).says(ExecState.UPLOADING).idle()
+    play.plan(attempt=1).brings(act.OfferUpdate)
+
+
+def test_what_a_deadline_had_stopped_before_is_handed_in_for_another_attempt() -> None:
+    update = an_offer(a_plan(), samples=2)
+    play = Play().plan().began("training").tick().cancel(keep=True).brings()
+    play.finished(update, stopped="deadline").brings(act.OfferUpdate, act.Say).idle()
+
+
+def test_work_that_is_kept_and_then_not_wanted_is_thrown_away() -> None:
+    update = an_offer(a_plan(), samples=2)
+    play = Play().plan().began("training").cancel(keep=True).cancel(reason="rolled back").brings()
+    play.finished(update, stopped="not needed").brings(act.ForgetUpdate, act.Say).idle()
+
+
 # -------------------------------------------------------------------------------------------------- plans of the past
 
 
@@ -657,6 +690,20 @@ def test_for_its_memory_the_host_gets_the_child_out_with_what_it_has() -> None:
     play.plan(round=2).says(ExecState.PREPARING).feed(host("shrink", "later")).brings(
         act.StartChild, act.ShrinkChild, act.Say
     )
+
+
+def test_what_a_share_took_is_said_at_its_end_however_it_ended() -> None:
+    play = Play()
+    took = Energy(joules=9.0, source="measured")
+    play.plan(model=None, version=0).feed(ev.ChildFailed(reason="died", energy=took)).says(
+        ExecState.FAILED, energy=took
+    )
+    play.plan(round=2, purpose="evaluate", train=None, model=None, version=0)
+    play.says(ExecState.ACCEPTED, energy=None)
+    found = Evaluated(version=0, n_samples=1, n_tokens=9, loss=2.0)
+    play.feed(ev.ChildEvaluated(result=found))
+    ended = ev.ChildFinished(samples=0, loss=None, train_s=0.0, stopped="", update=None, energy=took)
+    play.feed(ended).says(ExecState.DONE, energy=took, evaluated=found)
 
 
 def test_an_idle_child_is_let_go_for_memory() -> None:

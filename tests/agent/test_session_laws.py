@@ -226,10 +226,10 @@ class World(RuleBasedStateMachine):
         assert self.stopped or said + offered + waits == 1, f"a plan is answered once: {wishes}"
 
     @precondition(lambda self: self.plans)
-    @rule(data=st.data(), reason=st.sampled_from(["", "enough others"]))
-    def cancel(self, data: st.DataObject, reason: str) -> None:
+    @rule(data=st.data(), reason=st.sampled_from(["", "enough others"]), keep=st.booleans())
+    def cancel(self, data: st.DataObject, reason: str, *, keep: bool) -> None:
         job, number, attempt = key_of(self._any(data, self.plans))
-        self.feed(ev.CancelCame(job=job, round=number, attempt=attempt, reason=reason))
+        self.feed(ev.CancelCame(job=job, round=number, attempt=attempt, reason=reason, keep=keep))
 
     @rule(data=st.data(), reason=st.sampled_from(["", "superseded: late", "bad update: NaN"]))
     def answer(self, data: st.DataObject, reason: str) -> None:

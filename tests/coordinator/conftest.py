@@ -74,6 +74,9 @@ class Observer:
         self.asked: dict[str, set[str]] = {}
         self.held: dict[str, Plan] = {}
         self.stored: dict[tuple[str, str, int], Offer] = {}
+        self.paused: set[str] = set()
+        self.begun: set[tuple[str, int, int]] = set()
+        self.restored: dict[str, str] = {}
 
     def saw(self, event: ev.Happened, wishes: list[act.Wish]) -> None:
         """Assert what one event and its wishes must be to each other and to all that went before."""
@@ -82,6 +85,10 @@ class Observer:
                 self.specs.setdefault(event.spec.job.name, event.spec)
             case ev.UpdateOffered() | ev.UpdateStored():
                 self._answers_once(event, wishes)
+            case ev.JobPaused(job=job) if job in self.specs and job not in self.finished:
+                self.paused.add(job)
+            case ev.JobResumed(job=job):
+                self.paused.discard(job)
             case _:
                 pass
         for wish in wishes:
@@ -98,6 +105,7 @@ class Observer:
             case act.Assign():
                 holds = self.held.get(wish.agent)
                 assert holds is None or holds.job == wish.plan.job, f"{wish.agent} shall serve two jobs"
+                self._begins(wish.plan)
                 self.held[wish.agent] = wish.plan
                 self.plans.append((wish.agent, wish.plan))
             case act.Withdraw():
@@ -106,6 +114,7 @@ class Observer:
                 self.fetches.append(wish)
             case act.MakePlan():
                 assert wish.agents, "a plan for nobody"
+                assert wish.job not in self.paused, "a round is planned in a pause"
                 assert not any(agents & set(wish.agents) for agents in self.asked.values()), "planned twice"
                 self.asked[wish.job] = set(wish.agents)
                 self.make_plans.append(wish)
@@ -114,6 +123,12 @@ class Observer:
             case act.Aggregate():
                 self._fold_is_lawful(wish)
                 self.folds.append(wish)
+            case act.Restore():
+                self.restored[wish.job] = wish.master
+                folded = {(c.agent, c.round) for f in self.folds if f.job == wish.job for c in f.contributions}
+                left = [key for key in self.stored if key[0] == wish.job and key[1:] not in folded]
+                for key in left:
+                    del self.stored[key]
             case act.Finish():
                 assert wish.job not in self.finished, f"{wish.job} finished twice"
                 assert wish.reason or wish.phase == "completed", "an end without a reason"
@@ -121,7 +136,15 @@ class Observer:
             case _:
                 pass
 
+    def _begins(self, plan: Plan) -> None:
+        """In a pause plans are given again, and no others are."""
+        key = (plan.job, plan.round, plan.attempt)
+        assert plan.purpose == "survey" or plan.job not in self.paused or key in self.begun, "a round in a pause"
+        self.begun.add(key)
+
     def _fold_is_lawful(self, fold: act.Aggregate) -> None:
+        restored = self.restored.pop(fold.job, fold.master)
+        assert fold.master == restored, "a fold of another version than the one that the job went back to"
         rules = self.specs[fold.job].round
         before = {(c.round, c.agent) for f in self.folds if f.job == fold.job for c in f.contributions}
         now = [(c.round, c.agent) for c in fold.contributions]
@@ -211,6 +234,19 @@ class Play:
     def cancel(self, job: str = "j") -> Play:
         return self.feed(ev.JobCancelled(job=job))
 
+    def pause(self, job: str = "j", *, now: bool = False) -> Play:
+        return self.feed(ev.JobPaused(job=job, by="token:ops", reason="heat", now=now))
+
+    def resume(self, job: str = "j") -> Play:
+        return self.feed(ev.JobResumed(job=job, by="token:ops"))
+
+    def roll_back(self, to: int, version: int, job: str = "j") -> Play:
+        """Version `to` once more, as the shell finds it in the store."""
+        digest = sha(f"{job}/v{to}")
+        model = Blob(sha256=digest, size=1000)
+        said: dict[str, Any] = {"job": job, "of": to, "version": version, "round": to, "model": model}
+        return self.feed(ev.JobRolledBack(**said, master=digest, by="token:ops", reason="worse"))
+
     # --------------------------------------------------------------------------------------------------- what agents do
 
     def join(self, *agents: str, session: int = 1, methods: tuple[str, ...] = ("qlora",)) -> Play:
@@ -260,6 +296,10 @@ class Play:
 
     def offers(self, agent: str, offer: Offer | None = None, job: str = "j") -> Play:
         return self.feed(ev.UpdateOffered(agent=agent, offer=offer or self.offer(agent, job)))
+
+    def stores(self, agent: str, offer: Offer) -> Play:
+        """An offered update is here."""
+        return self.feed(ev.UpdateStored(agent=agent, offer=offer))
 
     def trains(self, *agents: str, job: str = "j", **fields: Any) -> Play:
         """Each agent offers its update and the shell stores it."""

@@ -1,4 +1,4 @@
-"""What is said of an agent that does something, or nothing; and what a job is said to have cost."""
+"""What is said of an agent that does something, or nothing."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from typing import Any
 
 from coordinator.activity import NO_JOB, Activity
 from coordinator.core import events as ev
-from coordinator.core.state import RoundRecord, ShareRecord
-from coordinator.past import cost_so_far
 from protocol.messages import Allowance, ExecState, Progress, Report
 
 Play = Any
@@ -51,32 +49,3 @@ def test_who_is_idle_is_told_why(play: Play) -> None:
     play.move("b", ExecState.FAILED, reason="out_of_memory: 1 GB")
     assert said(play, "a") == "j: done with round 1, which is being aggregated"
     assert said(play, "b") == "j: FAILED: out_of_memory: 1 GB"
-
-
-def record(attempt: int, **shares: ShareRecord) -> RoundRecord:
-    return RoundRecord(
-        round=1,
-        attempt=attempt,
-        purpose="train",
-        version=0,
-        outcome="x",
-        opened_at=0.0,
-        wall_s=9.0,
-        loss=None,
-        shares=shares,
-    )
-
-
-def test_a_share_that_a_failed_attempt_left_to_the_next_one_costs_once() -> None:
-    kept = ShareRecord(state="DONE", samples=8, train_s=10.0, bytes_up=100, bytes_down=7, assigned_at=1.0)
-    lost = ShareRecord(state="FAILED", train_s=0.0, assigned_at=1.0)
-    again = ShareRecord(state="DONE", samples=4, train_s=5.0, bytes_up=50, assigned_at=12.0)
-    cost = cost_so_far([record(0, a=kept, b=lost), record(1, a=kept, b=again)], {"a": "RTX 3090", "b": "cpu"})
-    assert (cost.train_s, cost.gpu_s) == (15.0, 10.0)
-    assert (cost.samples, cost.bytes_up, cost.bytes_down) == (12, 150, 7)
-    assert (cost.n_shares, cost.n_failed) == (3, 1)
-
-
-def test_nothing_costs_nothing() -> None:
-    cost = cost_so_far([], {})
-    assert (cost.train_s, cost.n_shares) == (0.0, 0)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,33 @@ def test_without_room_nothing_is_begun(tmp_path: Path) -> None:
         begun = True
     assert not begun
     assert audit.head.n == 0
+
+
+def test_many_write_at_once_and_the_chain_holds(tmp_path: Path) -> None:
+    """As a daemon and commands beside it, each with a log of its own over the one file."""
+    path, n_each = tmp_path / "audit.log", 20
+
+    def write(name: str) -> None:
+        audit = Audit(path, lambda: 7.0)
+        for _ in range(n_each):
+            audit.append(name, "x", "")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, "abcd"))
+    assert verify(lines_of(path)).n == 4 * n_each
+    assert Counter(e.actor for e in read(path)) == dict.fromkeys("abcd", n_each)
+    assert parse_head(head_file(path).read_text()) == verify(lines_of(path))
+
+
+def test_a_line_that_another_writer_broke_off_is_cut_by_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "audit.log"
+    audit = Audit(path, lambda: 7.0)
+    audit.append("local", "one", "")
+    with path.open("ab") as file:
+        file.write(b'{"n":2,')
+    audit.append("local", "two", "")
+    assert verify(lines_of(path), audit.head).n == 3
+    assert [e.action for e in read(path)] == ["one", "two", "repair"]
 
 
 # ------------------------------------------------------------------------------------------------------------- the API

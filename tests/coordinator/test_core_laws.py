@@ -101,6 +101,7 @@ class World(RuleBasedStateMachine):
         self.offers: list[tuple[str, Offer]] = []
         self.serial = 0
         self.tag = 0
+        self.versions: dict[str, list[ev.Aggregated | ev.JobRolledBack]] = {name: [] for name in JOBS}
 
     def feed(self, event_: ev.Happened) -> list[act.Wish]:
         anew = Fleet(decode_state(encode_state(self.fleet.state)))
@@ -233,7 +234,11 @@ class World(RuleBasedStateMachine):
             "attempt": asked.attempt,
             "version": asked.version,
         }
-        self.feed(ev.Aggregated(**said, model=Blob(sha256=digest, size=9), master=digest))
+        done = ev.Aggregated(**said, model=Blob(sha256=digest, size=9), master=digest)
+        self.feed(done)
+        made = self.versions[asked.job]
+        if self.fleet.state.jobs[asked.job].version == done.version and done.version not in {v.version for v in made}:
+            made.append(done)
 
     # ------------------------------------------------------------------------------------------------- what goes wrong
 
@@ -358,6 +363,34 @@ class World(RuleBasedStateMachine):
         if whim == 9:
             self.feed(ev.JobCancelled(job=job))
 
+    @rule(job=st.sampled_from(JOBS), now=st.booleans(), for_long=st.booleans())
+    def pause(self, job: str, *, now: bool, for_long: bool) -> None:
+        """An operator pauses a job, for a moment or until somebody else resumes it."""
+        self.feed(ev.JobPaused(job=job, by="ops", reason="heat", now=now))
+        if not for_long:
+            self.good_days(1, set(AGENTS))
+            self.resume(job)
+
+    @rule(job=st.sampled_from(JOBS))
+    def resume(self, job: str) -> None:
+        self.feed(ev.JobResumed(job=job, by="ops"))
+
+    @precondition(lambda self: any(self.versions.values()))
+    @rule(data=st.data(), stale=st.sampled_from([False, False, False, True]))
+    def roll_back(self, data: st.DataObject, *, stale: bool) -> None:
+        """An operator goes back to a version that there is; at times the number for it is taken by then."""
+        job = data.draw(st.sampled_from([name for name, made in self.versions.items() if made]))
+        made = self.versions[job]
+        old = self._any(data, made)
+        number = self.fleet.state.jobs[job].version + (0 if stale else 1)
+        back = ev.JobRolledBack(
+            job=job, of=old.version, version=number, round=old.round, model=old.model, master=old.master, by="ops"
+        )
+        wishes = self.feed(back)
+        if any(isinstance(wish, act.Restore) for wish in wishes):
+            assert self.fleet.state.jobs[job].master == old.master
+            made.append(back)
+
     def _any(self, data: st.DataObject, items: Sequence[T]) -> T:
         """Mostly the latest, at times any."""
         back = data.draw(st.integers(0, min(len(items) - 1, 3)) | st.integers(0, len(items) - 1))
@@ -401,6 +434,8 @@ class World(RuleBasedStateMachine):
     def _time_alone_brings_an_end(self) -> None:
         """With the broker there, slow work answered and not one word from any agent, every job ends within a bounded number of ticks."""
         self.feed(ev.BusFound())
+        for name in JOBS:
+            self.resume(name)
         for _ in range(MAX_TICKS):
             self.work()
             self.holds()

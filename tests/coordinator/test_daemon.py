@@ -110,6 +110,7 @@ class Peer:
             clock=time.monotonic,
             say=lambda _, message: self.say("answer", message),
             chunk_topic=lambda _, xfer: topics.up_chunk(name, xfer),
+            blob_topic=topics.blob,
             source=self._files.get,
             outcome=self._model_ended,
         )
@@ -150,6 +151,8 @@ class Peer:
                     match topics.parse(topic):
                         case ToAgent(leaf="d", xfer=xfer):
                             self.exchange.chunk("coordinator", xfer, payload)
+                        case FromCoordinator(leaf="blob", name=xfer):
+                            self.exchange.chunk("coordinator", xfer, payload, heard=True)
                         case ToAgent() | FromCoordinator():
                             self._hear(codec.decode(payload).b)
             self._moved.set()
@@ -201,7 +204,7 @@ class Peer:
             self.moves(plan, ExecState.DONE, surveyed=SURVEYED)
         elif plan.model is not None:
             self._training[plan.model.xfer] = plan
-            self.exchange.pull("coordinator", plan.model)
+            self.exchange.pull("coordinator", plan.model, listen=plan.broadcast)
         else:
             self._train(plan)
 
@@ -426,8 +429,10 @@ async def test_a_job_from_the_first_survey_to_the_exported_adapter(stage: Stage)
     told = json.loads((stage.export() / "fedpipe.json").read_text())["rounds"]
     assert [entry["loss"] for entry in told] == pytest.approx([2.7, 2.2])
 
+    versions = stage.coordinator.store.versions("j")
+    assert stage.coordinator.exchange.n_sent_bytes == sum(v.model.size for v in versions), "one copy for all three"
     left = set(stage.coordinator.blobs)
-    models = {v.model.sha256 for v in stage.coordinator.store.versions("j")}
+    models = {v.model.sha256 for v in versions}
     assert left == models | set(stage.masters()), "updates are deleted once their aggregate is journalled"
     assert [t for t in stage.broker.retained if t.endswith("/plan")] == []
 
@@ -561,7 +566,7 @@ async def test_a_broker_that_dies_and_comes_back_empty_changes_nothing(stage: St
         await stage.until(PHASES[phase])
         stage.broker.stop()
         stage.broker.start()
-        stage.peers["bb"].deaf_in = None
+    stage.peers["bb"].deaf_in = None
     assert (await stage.ended()).phase is Phase.COMPLETED
     assert stage.masters() == wanted
     assert stage.outcomes() == GOOD
@@ -860,15 +865,15 @@ async def test_a_heartbeat_of_an_unknown_session_is_answered_by_a_rebirth(stage:
     await stage.peer("a")
     a = stage.peers["a"]
     await stage.until(lambda one: one.fleet.state.agents.get("a"))
-    a.say("progress", Progress(), qos=0)
+    a.say("progress", Progress())
     a.outgoing.session = "e" * 16
     for _ in range(5):
-        a.say("progress", Progress(), qos=0)
+        a.say("progress", Progress())
     async with asyncio.timeout(PATIENCE_S):
         assert isinstance(await a.commands.get(), Rebirth)
     a.birth()
     await stage.until(lambda one: one.fleet.state.agents["a"].session == "e" * 16)
-    a.say("progress", Progress(step=3), qos=0)
+    a.say("progress", Progress(step=3))
     await stage.submit(job_spec(1))
     assert (await stage.ended()).phase is Phase.COMPLETED
     assert a.commands.empty(), "it is not asked again and again"
@@ -886,7 +891,7 @@ async def test_a_vanished_agent_is_gone_at_once_and_a_silent_one_soon(tmp_path: 
         await stage.until(lambda one: not one.fleet.state.agents["bb"].online)
         assert stage.coordinator.fleet.state.agents["bb"].reason == "silent: no heartbeat"
         assert sum(isinstance(e, ev.AgentLeft) for e in stage.seen) == 2
-        stage.peers["bb"].say("progress", Progress(), qos=0)
+        stage.peers["bb"].say("progress", Progress())
         async with asyncio.timeout(PATIENCE_S):
             assert isinstance(await stage.peers["bb"].commands.get(), Rebirth)
         stage.peers["bb"].birth()
@@ -904,6 +909,41 @@ async def test_a_cancelled_job_tells_its_agents_to_stop(stage: Stage) -> None:
     assert (job.phase, job.reason) == (Phase.CANCELLED, "cancelled by the operator")
     async with asyncio.timeout(PATIENCE_S):
         assert isinstance(await stage.peers["a"].commands.get(), Cancel)
+
+
+async def test_a_rollback_that_a_crash_interrupts_is_written_down_by_the_next_life(stage: Stage) -> None:
+    armed = False
+
+    def after_commit(_: Coordinator) -> None:
+        if armed:
+            raise Died
+
+    await stage.start(after_commit)
+    await stage.peer("a", "bb")
+    for peer in stage.peers.values():
+        peer.deaf_in = 2
+    await stage.submit(job_spec())
+    await stage.until(lambda _: stage.job().version == 1 and stage.job().phase is Phase.COLLECTING)
+    (first,) = stage.coordinator.store.versions("j")
+    armed = True
+    said: dict[str, Any] = {"job": "j", "of": 1, "version": 2, "round": 1, "by": "local", "reason": "worse"}
+    stage.coordinator.tell(ev.JobRolledBack(**said, model=first.model, master=first.master))
+    await stage.dead()
+    armed = False
+    for peer in stage.peers.values():
+        peer.deaf_in = None
+    await stage.start()
+    assert (await stage.ended()).phase is Phase.COMPLETED
+    masters = stage.masters()
+    assert masters[:2] == [first.master] * 2
+    assert (len(set(masters)), stage.coordinator.store.versions("j")[1].round) == (2, 1)
+    assert [outcome.partition(":")[0] for _, _, outcome in stage.outcomes()] == [
+        "aggregated",
+        "rolled_back",
+        "aggregated",
+        "completed",
+    ]
+    assert json.loads((stage.export() / "fedpipe.json").read_bytes())["adapter_sha256"] == masters[-1]
 
 
 # ------------------------------------------------------------------------------------------------------------- uploads

@@ -91,6 +91,18 @@ def test_a_jobs_life_is_heard_as_it_happens(served: Any, heard: Iterator[AnyNews
     assert until(heard, AgentMoved, online=False).reason == "stopping"
 
 
+def test_a_revoked_agent_and_the_end_of_its_share_are_news(served: Any, heard: Iterator[AnyNews]) -> None:
+    text = JOB + b"min_agents = 1\nstart_agents = 2\n"
+    httpx.post(f"{served.url}/v1/jobs", content=text, headers={"content-type": "application/toml"}, trust_env=False)
+    served.join("a", "b")
+    served.survey("a", "b")
+    assert until(heard, ShareMoved, state="OFFERED", round=1).job == "j"
+    served.post(ev.AgentRevoked(agent="b", reason="stolen"))
+    gone = until(heard, AgentMoved, online=False)
+    assert (gone.agent, gone.reason) == ("b", "revoked: stolen")
+    assert until(heard, ShareMoved, agent="b", state="FAILED").reason == "revoked: stolen"
+
+
 def test_nothing_is_watched_while_nobody_listens(served: Any) -> None:
     assert not served.coordinator.watchers
     with httpx.stream("GET", f"{served.url}/v1/events", trust_env=False, timeout=30) as response:

@@ -11,7 +11,7 @@ import pytest
 from coordinator.core import actions as act
 from coordinator.core import events as ev
 from coordinator.core.fleet import encode_state
-from coordinator.core.state import Phase
+from coordinator.core.state import Phase, with_detail
 from protocol.messages import Evaluated, ExecState, Report
 
 if TYPE_CHECKING:
@@ -41,6 +41,22 @@ def test_a_stored_update_is_acknowledged_even_after_the_job(play: Play) -> None:
     play.offers("a", offer).expects(act.Acknowledge, xfer=offer.blob.xfer)
     stray = msgspec.structs.replace(offer, round=2)
     assert play.offers("a", stray).expects(act.Decline).reason == "superseded: the job is completed"
+
+
+def test_an_ended_job_sheds_what_no_answer_needs_and_hands_it_over(play: Play) -> None:
+    play.ready("a", "b", round={"n_rounds": 1}).plan()
+    play.trains("a", "b").fold()
+    at_work = len(encode_state(play.fleet.state))
+    detail = play.evaluates("a", "b").expects(act.Finish, phase="completed").detail
+    assert sorted(detail.members) == ["a", "b"]
+    assert [m.surveyed.n_train for m in detail.members.values()] == [10, 10]
+    assert [m.name for m in detail.matrices] == ["k", "q"]
+    assert sorted(detail.plan.choices) == ["a", "b"]
+    job = play.job()
+    assert [job.members, job.matrices, job.plan, job.planned] == [{}, [], None, []]
+    assert with_detail(job, detail).members is detail.members
+    assert with_detail(job, None) is job, "it ended before details were kept"
+    assert len(encode_state(play.fleet.state)) < at_work - 500
 
 
 def test_a_late_update_enters_the_next_fold_once_at_a_discount(play: Play) -> None:

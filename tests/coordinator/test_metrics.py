@@ -18,10 +18,12 @@ from agent.config import AgentConfig
 from agent.daemon import Agent
 from agent.metrics import StepClock
 from coordinator import metrics
-from coordinator.core.state import AgentState, FleetState
+from coordinator.core import actions as act
+from coordinator.core.state import AgentState, FleetState, RoundRecord, ShareRecord
 from protocol.daemon import to_struct
 from protocol.errors import BadConfig
 from protocol.memory_bus import MemoryBroker
+from protocol.messages import Energy
 from protocol.metrics import PATH, Histogram, exposition
 
 JOB = """
@@ -73,6 +75,8 @@ def test_a_coordinator_tells_what_happened(served: Any) -> None:
     assert after["fedpipe_shares_total{purpose=train,state=done}"] == len(shares)
     assert after["fedpipe_updates_total{outcome=accepted}"] == len(shares)
     assert after["fedpipe_updates_total{outcome=late}"] == 0
+    assert after["fedpipe_energy_joules_total{source=measured}"] == 0
+    assert after["fedpipe_work_seconds_total{energy=unknown}"] >= 3.0 * len(shares)
     assert after["fedpipe_job_loss{kind=train,name=j}"] == pytest.approx(2.5)
     assert after["fedpipe_job_loss{kind=held_out,name=j}"] == pytest.approx(2.5)
     assert after["fedpipe_job_rounds_finished{name=j}"] == 1
@@ -86,6 +90,20 @@ def test_a_coordinator_tells_what_happened(served: Any) -> None:
     assert after["fedpipe_bus_connects_total"] == 1
     assert after["fedpipe_healthy"] == 1
     assert after["process_resident_memory_bytes"] > 0
+
+
+def test_energy_is_counted_once_and_by_how_it_is_known() -> None:
+    meter = metrics.Meter()
+    kept = ShareRecord(state="DONE", train_s=10.0, ended_at=11.0, energy=Energy(joules=50.0, source="measured"))
+    later = ShareRecord(state="DONE", train_s=5.0, ended_at=30.0, energy=Energy(joules=20.0, source="declared"))
+    said: dict[str, Any] = {"round": 1, "purpose": "train", "version": 0, "outcome": "x", "wall_s": 9.0, "loss": None}
+    for attempt, shares in enumerate(
+        ({"a": kept}, {"a": kept, "b": later, "c": ShareRecord(state="DONE", train_s=1.0)})
+    ):
+        record = RoundRecord(attempt=attempt, opened_at=20.0 * attempt, shares=shares, **said)
+        meter.took([], [act.Record(job="j", record=record)], FleetState())
+    assert meter.energy_j == {("measured",): 50.0, ("declared",): 20.0}
+    assert meter.work_s == {("measured",): 10.0, ("declared",): 5.0, ("unknown",): 1.0}
 
 
 def test_metrics_need_the_token_that_the_rest_needs(serve: Callable[..., Any], tmp_path: Path) -> None:

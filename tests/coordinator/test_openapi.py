@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,7 +15,11 @@ from openapi_spec_validator import validate
 from starlette.routing import Route
 
 from coordinator.openapi import document
+from coordinator.trust.desk import Counter
+from coordinator.trust.office import create
 from coordinator.web import Api
+from protocol import keys
+from protocol.enrolment import Enrol
 from protocol.messages import ExecState
 
 Served = Any
@@ -54,7 +61,7 @@ def test_it_is_valid_openapi(told: dict[str, Any]) -> None:
 
 
 def test_every_route_is_described_and_no_other(told: dict[str, Any]) -> None:
-    routes = Api.routes(Api.__new__(Api))
+    routes = [*Api.routes(Api.__new__(Api)), *Counter.routes(Counter.__new__(Counter))]
     served = {(method.lower(), r.path) for r in routes for method in r.methods or () if method != "HEAD"}
     assert {(method, path) for path, item in told["paths"].items() for method in item} == served
     with pytest.raises(KeyError, match="/v1/new"):
@@ -86,6 +93,34 @@ def test_what_the_api_answers_is_as_described(served: Served, http: httpx.Client
         check({"nothing": 1}, schema_of(told, "/v1/fleet"))
 
 
+def test_what_is_said_of_enrolments_is_as_described(
+    tmp_path: Path, served_kind: Callable[..., Served], told: dict[str, Any]
+) -> None:
+    create(tmp_path / "trust", "main", time.time())
+    served = served_kind(tmp_path)
+    with httpx.Client(base_url=served.url, trust_env=False, timeout=30) as http:
+        asked = {"uses": 3, "ttl_s": 60.0}
+        body = told["paths"]["/v1/tokens"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        check(asked, {**body, "components": told["components"]})
+        made = http.post("/v1/tokens", json=asked)
+        check(made.json(), schema_of(told, "/v1/tokens", "201", "post"))
+        for agent in ("a", "b"):
+            csr = keys.request(keys.new_key(), agent)
+            asks = Enrol(token=made.json()["token"], csr=csr, agent=agent)
+            served.coordinator.trust.office.enrol(asks, "192.0.2.3", time.time())
+        check(http.get("/v1/enrolments").json(), schema_of(told, "/v1/enrolments"))
+        for agent, what in (("a", "accept"), ("b", "reject"), ("a", "revoke"), ("a", "accept"), ("c", "revoke")):
+            path = "/v1/enrolments/{agent}/" + what
+            answer = http.post(path.replace("{agent}", agent), json={"reason": "so"})
+            check(answer.json(), schema_of(told, path, str(answer.status_code), "post"))
+        for path, wrong in (("/v1/tokens", b"x"), ("/v1/tokens", b'{"uses": 0}'), ("/v1/enrolments/a/accept", b"[]")):
+            refused = http.post(path, content=wrong)
+            assert refused.status_code in {400, 422}
+            described = path.replace("/a/", "/{agent}/")
+            check(refused.json(), schema_of(told, described, str(refused.status_code), "post"))
+    served.close()
+
+
 @pytest.mark.parametrize(
     ("method", "path", "content", "headers"),
     [
@@ -95,6 +130,8 @@ def test_what_the_api_answers_is_as_described(served: Served, http: httpx.Client
         ("post", "/v1/jobs", b"[job", TOML),
         ("post", "/v1/jobs", b"x", {"content-type": "text/plain"}),
         ("get", "/v1/fleet", b"", {"host": "evil.example"}),
+        ("get", "/v1/enrolments", b"", {}),
+        ("post", "/v1/tokens", b"", {}),
     ],
 )
 def test_errors_are_as_described(

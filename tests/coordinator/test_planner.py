@@ -124,7 +124,7 @@ def test_more_of_anything_never_brings_less_progress(what: str) -> None:
     rules = {"round": {"train_s": 60.0}, "plan": {"thrift": 0.0}}
     found = [
         chosen.predicted.progress
-        for factor in (0.6, 1.0, 1.7, 4.0)
+        for factor in (0.25, 0.6, 1.7, 4.0)
         if (chosen := planned(but(**{what: getattr(SMALL, what) * factor}), **rules).choices.get("small"))
         and chosen.predicted
     ]
@@ -157,6 +157,26 @@ def test_a_slow_link_is_sent_fewer_bytes() -> None:
     assert wide.predicted
     assert narrow.predicted
     assert narrow.predicted.up_bytes < 0.5 * wide.predicted.up_bytes
+
+
+def test_the_link_decides_between_exact_and_small() -> None:
+    rules: dict[str, Any] = {"round": {"train_s": 60.0}}
+    sent = [choice(but(up_mbit_per_s=mbit), **rules).update_dtype for mbit in (100_000.0, 1000.0, 0.5)]
+    assert sent == ["bf16", "int8", "nf4"]
+
+
+def test_a_pinned_type_holds_but_for_those_who_cannot_send_it() -> None:
+    question = ask(but(name="old"), but(name="new"), adapter={"update_dtype": "nf4", "rank": 4})
+    old = msgspec.structs.replace(question.reports["old"], update_dtypes=[])
+    found = automatic.plan(question._replace(reports={**question.reports, "old": old}), ["old", "new"])
+    assert {agent: chosen.update_dtype for agent, chosen in found.choices.items()} == {"old": "bf16", "new": "nf4"}
+
+
+def test_an_unmeasured_link_gets_int8() -> None:
+    question = ask(but(name="d"))
+    report = msgspec.structs.replace(question.reports["d"], up_bytes_per_s=0.0)
+    found = automatic.plan(question._replace(reports={"d": report}), ["d"])
+    assert found.choices["d"].update_dtype == "int8"
 
 
 def test_bytes_that_buy_nothing_are_not_sent() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from coordinator.core import actions as act
 from coordinator.core import events as ev
+from coordinator.core import learning
 from coordinator.core.choice import Choice, Prediction
 from coordinator.core.spec import JobSpec
 from coordinator.core.state import Phase
@@ -213,7 +214,7 @@ def test_scores_from_training_move_importance_and_keep_its_sum(play: Play) -> No
     offer = play.offer("a")
     scores = {"k": [1.0, 1.0], "q": [9.0, 1.0], "unknown": [5.0]}
     play.feed(ev.UpdateOffered(agent="a", offer=offer), ev.UpdateStored(agent="a", offer=offer, scores=scores))
-    found = play.job().members["a"].calibrated
+    found = learning.measured(play.job().members["a"])
     assert found is not None
     now = array("f", found.scores)
     assert sum(now) == pytest.approx(9.0)

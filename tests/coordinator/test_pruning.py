@@ -21,10 +21,10 @@ from coordinator import pruning
 from coordinator.config import Keep
 from coordinator.core import events as ev
 from coordinator.core.state import Contribution, Phase
-from coordinator.exporting import pick
-from coordinator.pruning import Cut, Inventory, Need, choose, need_of, prune, sweep, used_files
+from coordinator.pruning import MIN_FRAMES, Cut, Inventory, Need, choose, need_of, prune, sweep, used_files
 from coordinator.recovery import recover, references
 from coordinator.store import Frame, Store, Version
+from coordinator.versions import pick
 from protocol.blobs import Blobs
 from protocol.errors import BadConfig, Unavailable
 from protocol.messages import Blob
@@ -83,6 +83,7 @@ def histories(draw: st.DrawFn) -> tuple[Inventory, Keep, Need, int]:
         ended_versions=draw(st.integers(1, 5)),
         update_rounds=draw(st.integers(0, 3)),
         replay_rounds=draw(st.integers(2, 5)),
+        replay_bytes=draw(st.sampled_from([0, 300, 2**30])),
     )
     there = Inventory(
         sorted(versions, key=lambda v: (v.job, v.version)), sizes, best, frames, draw(st.integers(0, 100))
@@ -146,8 +147,12 @@ def test_without_a_quota_the_counts_hold_and_no_more_goes(drawn: tuple[Inventory
         assert not {(job, number) for number in mine[-n:]} & cut.versions
         assert (job, there.best.get(job, -1)) not in cut.versions
         assert not {(job, number) for number in mine[len(mine) - keep.update_rounds :]} & cut.updates - cut.versions
-    n_frames = len([f for f in there.frames if f.seq >= cut.before_seq])
-    assert n_frames == min(len(there.frames), keep.replay_rounds)
+    stay = [f for f in there.frames if f.seq >= cut.before_seq]
+    assert stay == there.frames[len(there.frames) - len(stay) :]
+    assert min(len(there.frames), MIN_FRAMES) <= len(stay) <= keep.replay_rounds
+    assert len(stay) <= MIN_FRAMES or sum(f.n_bytes for f in stay) <= keep.replay_bytes
+    if len(stay) < min(len(there.frames), keep.replay_rounds):
+        assert sum(f.n_bytes for f in there.frames[-len(stay) - 1 :]) > keep.replay_bytes, "one more had been allowed"
 
 
 def test_the_oldest_goes_first_and_the_best_last() -> None:
@@ -157,6 +162,15 @@ def test_the_oldest_goes_first_and_the_best_last() -> None:
     need = Need({versions[-1].master}, {"j": 5}, {"j"})
     gone = [choose(there, Keep(), need, quota).versions for quota in (100, 80, 60, 40, 0)]
     assert [{number for _, number in cut} for cut in gone] == [set(), {1}, {1, 3}, {1, 3, 4}, {1, 2, 3, 4}]
+
+
+def test_where_the_disk_gets_tight_past_rounds_go_and_nothing_else() -> None:
+    versions = [version("j", n, T0 + n, 1) for n in range(1, 4)]
+    sizes = {d: 10 for v in versions for d in (v.master, v.model.sha256, *(c.sha256 for c in v.updates))}
+    there = Inventory(versions, sizes, {}, [Frame(10 * n, T0 - 9 + n, 100) for n in range(1, 6)], 0)
+    keep, need = Keep(update_rounds=9), Need(set(), {"j": 3}, {"j"})
+    for history_bytes, before_seq in ((500, 0), (499, 20), (250, 40), (0, 40), (-10, 40)):
+        assert choose(there, keep, need, 10**9, history_bytes) == (set(), set(), before_seq)
 
 
 # ------------------------------------------------------------------------------------------------------------- on disk
@@ -240,6 +254,23 @@ def test_a_disk_that_lacks_room_gets_as_much_as_it_lacks(tmp_path: Path) -> None
     assert before - blobs.total_bytes() >= 40_000
     prune(store, blobs, Keep(), need, deficit_bytes=10**9)
     assert set(blobs) == need.digests
+    store.close()
+
+
+def test_a_folder_that_vanishes_meanwhile_stops_no_pruning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, blobs, need = fill(tmp_path)
+    (tmp_path / "exports" / ".j.1.part").mkdir(parents=True)
+    scan = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if str(path).endswith("exports"):
+            found = scan(path)
+            (tmp_path / "exports" / ".j.1.part").rmdir()  # an export is renamed into its place
+            return found
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert prune(store, blobs, Keep(replay_rounds=2), need).n_events
     store.close()
 
 

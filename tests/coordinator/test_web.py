@@ -18,6 +18,7 @@ from safetensors.numpy import load
 
 from coordinator import web
 from coordinator.access import read_token
+from coordinator.asked import MAX_BODY_BYTES
 from coordinator.config import CoordinatorConfig, Web
 from coordinator.core import events as ev
 from coordinator.core.state import Phase
@@ -90,7 +91,7 @@ def test_a_job_is_taken_once(http: httpx.Client) -> None:
         (JOB.replace("n_rounds", "rounds").encode(), TOML, 422, "rounds"),
         (b"\xff\xfe", TOML, 400, "UTF-8"),
         (JOB.encode(), {"content-type": "text/plain"}, 415, "application/toml"),
-        (JOB.encode() + b"#" * web.MAX_JOB_BYTES, TOML, 413, "at most"),
+        (JOB.encode() + b"#" * MAX_BODY_BYTES, TOML, 413, "at most"),
     ],
 )
 def test_a_bad_job_file_is_refused_with_its_fault(
@@ -199,6 +200,26 @@ def test_a_job_is_told_as_of_one_moment(served: Served, http: httpx.Client, monk
     assert (n_read[0], seen["phase"], sorted(seen["evaluations"])) == (2, "completed", ["0", "1", "2"])
 
 
+def test_a_job_that_never_stands_still_is_told_all_the_same(
+    served: Served, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert submit(http).status_code == 201
+    store, job = served.coordinator.store, served.job()
+
+    class Restless:
+        """The store of a coordinator whose job is elsewhere after every reading."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(store, name)
+
+        def rounds(self, name: str) -> Any:
+            job.attempt += 1
+            return store.rounds(name)
+
+    monkeypatch.setattr(served.coordinator, "store", Restless())
+    assert http.get("/v1/jobs/j").json()["attempt"] == web.READ_TRIES
+
+
 def test_a_plan_is_shown_as_soon_as_there_is_one(served: Served, http: httpx.Client) -> None:
     assert submit(http).status_code == 201
     none_yet = http.get("/v1/jobs/j/plan")
@@ -232,6 +253,10 @@ def test_the_fleet_at_a_glance(served: Served, http: httpx.Client) -> None:
         ("c", False, ""),
     ]
     assert fleet["agents"] == http.get("/v1/agents").json()
+    served.report("a", n_cpus=64)
+    for view in (http.get("/v1/fleet?brief=1").json()["agents"], http.get("/v1/agents?brief=1").json()):
+        assert [(a["id"], a["report"] and a["report"]["n_cpus"]) for a in view] == [("a", 0), ("b", None), ("c", None)]
+    assert http.get("/v1/agents").json()[0]["report"]["n_cpus"] == 64
     assert fleet["jobs"] == http.get("/v1/jobs").json()
     assert (fleet["jobs"][0]["n_agents"], fleet["jobs"][0]["n_done"]) == (2, 0)
 

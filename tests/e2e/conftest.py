@@ -134,11 +134,11 @@ class Fleet:
         except Unavailable:
             return None
 
-    async def until(self, what: Callable[[JobView], bool]) -> JobView:
+    async def until(self, what: Callable[[JobView], object], name: str = "e2e") -> JobView:
         """Poll the API until something is true of the job; the test's time limit is the bound."""
         async with asyncio.timeout(LIMIT_S):
             while True:
-                job = await self.look()
+                job = await self.look(name)
                 if job and what(job):
                     return job
                 if job and job.phase in ENDED:

@@ -102,7 +102,7 @@ def check_merged(base: Path, adapter: Path, folder: Path) -> None:
 
 
 async def test_coordinator_and_broker_die_mid_round_and_nothing_is_lost(fleet: Callable[[str], Any]) -> None:
-    async with fleet("mosquitto") as running:
+    async with fleet("mosquitto", power_w=60.0) as running:
         await running.submit(running.job_text(train={"n_steps": 30}))
         await running.until(lambda job: bool(job.current) and "TRAINING" in _states(job))
         await running.kill("coordinator")
@@ -114,6 +114,10 @@ async def test_coordinator_and_broker_die_mid_round_and_nothing_is_lost(fleet: C
         rounds = [record for record in job.history if record.outcome == "aggregated"]
         assert [record.round for record in rounds] == [1, 2]
         assert [share.state for share in rounds[0].shares.values()] == ["DONE"] * 3
+        assert all(share.energy for record in job.history for share in record.shares.values() if share.state == "DONE")
+        assert job.cost.joules >= 60.0 * job.cost.train_s or not job.cost.declared_j, (
+            "training is only a part of the work"
+        )
         assert {name: member.n_starts for name, member in running.cluster.members.items() if member.n_starts > 1} == {
             "coordinator": 2,
             "broker": 2,

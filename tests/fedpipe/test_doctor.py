@@ -52,7 +52,7 @@ def agent(tmp_path: Path) -> Callable[..., dict[str, Finding]]:
     (model / "config.json").write_text("{}")
     (model / "model.safetensors").write_bytes(b"weights")
 
-    def examined(broker: dict[str, Any] | None = None, **changed: Any) -> dict[str, Finding]:
+    def examined(broker: dict[str, Any] | None = None, *, quick: bool = True, **changed: Any) -> dict[str, Finding]:
         settings = {
             "agent": "edge-a",
             "state_dir": str(tmp_path),
@@ -63,7 +63,7 @@ def agent(tmp_path: Path) -> Callable[..., dict[str, Finding]]:
         }
         file = tmp_path / "agent.toml"
         file.write_text(tomli_w.dumps(settings | changed))
-        return doctor("agent", "--config", file, "--quick")[1]
+        return doctor("agent", "--config", file, *["--quick"] * quick)[1]
 
     return examined
 
@@ -324,6 +324,29 @@ def test_a_gpu_that_is_wanted_and_not_there(agent: Any, monkeypatch: pytest.Monk
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     found = agent(device="cuda")["gpu"]
     assert (found["status"], 'device = "cuda" needs one' in found["found"]) == ("failed", True)
+
+
+def test_a_torch_that_reaches_no_gpu_and_a_broken_bitsandbytes(
+    agent: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "bitsandbytes.py").write_text("raise RuntimeError('libbitsandbytes_cuda124.so: not found')")
+    found = agent(device="cuda", quick=False)
+    assert [found[check]["status"] for check in ("torch", "cuda", "bitsandbytes")] == ["ok", "failed", "warning"]
+    assert "reaches no GPU" in found["cuda"]["found"]
+    assert "libbitsandbytes_cuda124.so" in found["bitsandbytes"]["found"]
+    assert "limits.bits" in found["bitsandbytes"]["next_step"]
+
+
+def test_a_torch_that_cannot_be_imported(agent: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "torch.py").write_text("raise OSError('libcudart.so.12: cannot open shared object file')")
+    found = agent(quick=False)
+    assert (found["torch"]["status"], found["bitsandbytes"]["status"]) == ("failed", "skipped")
+    assert "libcudart.so.12" in found["torch"]["found"]
 
 
 @pytest.mark.parametrize("text", ["agent = ", "agent = 'Edge A'", "agent = 'a'\nbrocker.url = ''"])

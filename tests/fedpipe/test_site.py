@@ -42,7 +42,7 @@ def said(page: Path) -> Iterator[list[str]]:
     """Every command of ours in the blocks and the code of a page, as words."""
     text = page.read_text(encoding="utf-8")
     lines = re.findall(r"^ {2,}(.*)$", text, re.MULTILINE) + re.findall(r"`([^`\n]+)`", text)
-    for block in re.findall(r"^```\w*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+    for block in re.findall(r"^```[^\n]*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
         lines += block.splitlines()
     for line in lines:
         found = re.search(r"^ *(?:\w+=\S+ )?((?:fedpipe|fedpipe-agent|fedpipe-coordinator) .*)", line)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.adapters import F64, Factors, canonical, principal, truncate
+from protocol.adapters import F64, Factors, canonical, cut_energy, principal, truncate
 
 
 def factors(rng: np.random.Generator, d_out: int, d_in: int, rank: int) -> Factors:
@@ -99,3 +99,24 @@ def test_norm_needs_no_dense_product() -> None:
 def test_factors_that_do_not_multiply_or_are_not_float32_cannot_be_made(a: Any, b: Any) -> None:
     with pytest.raises(ValueError, match=r"multiply|float32"):
         Factors(a, b)
+
+
+@pytest.mark.parametrize("kept_ratio", [0.5, 0.9, 0.99])
+def test_a_cut_keeps_the_fewest_components_that_hold_the_energy(kept_ratio: float) -> None:
+    rng = np.random.default_rng(1)
+    whole = canonical(
+        Factors(
+            rng.standard_normal((8, 30), dtype=np.float32),
+            rng.standard_normal((20, 8), dtype=np.float32) * np.geomspace(1, 0.01, 8, dtype=np.float32),
+        )
+    )
+    cut = cut_energy(whole, kept_ratio)
+    assert cut.norm() ** 2 >= kept_ratio * whole.norm() ** 2 * (1 - 1e-5)
+    assert truncate(whole, cut.rank - 1).norm() ** 2 < kept_ratio * whole.norm() ** 2
+    assert np.allclose(cut.b @ cut.a, truncate(whole, cut.rank).b @ truncate(whole, cut.rank).a, atol=1e-5)
+
+
+def test_a_cut_at_one_is_none_and_of_nothing_is_nothing() -> None:
+    factors = Factors(np.ones((2, 3), np.float32), np.ones((4, 2), np.float32))
+    assert cut_energy(factors, 1.0) is factors
+    assert cut_energy(Factors(np.ones((2, 3), np.float32), np.zeros((4, 2), np.float32)), 0.9).rank == 0

@@ -16,6 +16,7 @@ import pytest
 
 from protocol import codec
 from protocol.blobs import Blobs
+from protocol.broadcast import EVERYONE
 from protocol.bus import Connected, Received
 from protocol.errors import BadMessage
 from protocol.exchange import Exchange, Lost, Outcome, Pulled
@@ -24,7 +25,7 @@ from protocol.memory_bus import MemoryBroker
 from protocol.messages import Blob, Done, Grant, Refuse
 from protocol.outgoing import Outgoing
 from protocol.spool import Spool
-from protocol.topics import FromAgent, ToAgent, Topics
+from protocol.topics import FromCoordinator, Topics
 from protocol.transfer import Receiving
 
 CHUNK = 1024
@@ -59,7 +60,8 @@ class Side:
             receiving=Receiving(**{**FOR_EVER, **rules}),
             clock=time.monotonic,
             say=self._say,
-            chunk_topic=topics.down_chunk if name == CLOUD else lambda _, xfer: topics.up_chunk(name, xfer),
+            chunk_topic=self._chunk_topic,
+            blob_topic=topics.blob,
             source=self._files.get,
             outcome=self.outcomes.put,
         )
@@ -82,6 +84,11 @@ class Side:
             assert isinstance(ended, asyncio.CancelledError), ended
         await self._stack.aclose()
 
+    def _chunk_topic(self, peer: str, xfer: str) -> str:
+        if self.name != CLOUD:
+            return topics.up_chunk(self.name, xfer)
+        return topics.blob(xfer) if peer == EVERYONE else topics.down_chunk(peer, xfer)
+
     def _say(self, peer: str, message: Grant | Done | Refuse) -> None:
         self.n_grants += isinstance(message, Grant)
         topic = topics.down(peer, "grant") if self.name == CLOUD else topics.up(self.name, "answer")
@@ -102,7 +109,9 @@ class Side:
 
     def _receive(self, topic: str, payload: bytes) -> None:
         place = topics.parse(topic)
-        assert isinstance(place, FromAgent | ToAgent)
+        if isinstance(place, FromCoordinator):
+            self.exchange.chunk(CLOUD, place.name, payload, heard=True)
+            return
         peer = place.agent if self.name == CLOUD else CLOUD
         if place.leaf == "d":
             self.exchange.chunk(peer, place.xfer, payload)
@@ -174,7 +183,7 @@ class Wire:
         self.at: dict[int, Callable[[], object]] = {}
 
     def _passes(self, topic: str, payload: bytes) -> bool:
-        if "/d/" not in topic:
+        if "/d/" not in topic and "/c/blob/" not in topic:
             return False
         number = len(self.passed)
         self.passed.append((topic.rsplit("/", 1)[-1], int.from_bytes(payload[4:8], "big")))
@@ -270,6 +279,88 @@ async def test_another_chunk_size_takes_the_place_of_the_first(start: Start, wir
     cloud.pull("a1", blob)
     assert await cloud.pulled(blob.sha256) == path.read_bytes()
     assert cloud.outcomes.empty()
+
+
+# -------------------------------------------------------------------------------------------------------- a broadcast
+
+
+async def test_one_copy_goes_to_all_who_listen(start: Start, wire: Wire, tmp_path: Path) -> None:
+    cloud, agents = await start(), [await start(f"a{n}") for n in range(4)]
+    model, data = cloud.offer(a_file(tmp_path, 20 * CHUNK)), Random(1).randbytes(20 * CHUNK)
+    part = hashlib.sha256(data[: 6 * CHUNK]).hexdigest()
+    for agent in agents:
+        cloud.exchange.announced(agent.name, model)
+    agents[0].pull(CLOUD, model, size=6 * CHUNK, sha256=part, listen=True)
+    for agent in agents[1:]:
+        agent.pull(CLOUD, model, listen=True)
+    assert await agents[0].pulled(part) == data[: 6 * CHUNK]
+    for agent in agents[1:]:
+        assert await agent.pulled(model.sha256) == data
+    assert wire.passed == [(model.xfer, index) for index in range(20)]
+    assert cloud.exchange.n_sent_bytes == model.size
+    n_heard = [agent.exchange.receiving.counts for agent in agents]
+    await cloud.bus.publish(topics.blob(model.xfer), encode_frame(0, bytes(CHUNK)), qos=0)
+    await cloud.bus.publish(topics.down("a0", "grant"), cloud.outgoing.encode(Done(xfer=model.xfer)))
+    await agents[0].answered()
+    assert agents[0].exchange.receiving.counts == n_heard[0], "it listens no longer"
+
+
+async def test_who_cannot_hear_the_broadcast_pulls(start: Start, wire: Wire, tmp_path: Path) -> None:
+    cloud, agents = await start(), [await start(f"a{n}", **IMPATIENT) for n in range(2)]
+    model = cloud.offer(a_file(tmp_path, 20 * CHUNK))
+    wire.broker.drop = lambda topic, payload: "/c/blob/" in topic or wire._passes(topic, payload)
+    for agent in agents:
+        cloud.exchange.announced(agent.name, model)
+        agent.pull(CLOUD, model, listen=True)
+    for agent in agents:
+        assert await agent.pulled(model.sha256) == Random(1).randbytes(model.size)
+    assert len(wire.passed) >= 40
+
+
+async def test_a_download_that_is_begun_anew_before_the_broker_has_answered_begins(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cloud, agent = await start(), await start("a1")
+    model = cloud.offer(a_file(tmp_path, 5 * CHUNK))
+    asked, answered, subscribe = asyncio.Event(), asyncio.Event(), agent.bus.subscribe
+
+    async def slowly(*filters: str) -> None:
+        asked.set()
+        await answered.wait()
+        await subscribe(*filters)
+
+    monkeypatch.setattr(agent.bus, "subscribe", slowly)
+    agent.pull(CLOUD, model, listen=True)
+    await asked.wait()
+    agent.exchange.stop_pulling(CLOUD, model.xfer)
+    agent.pull(CLOUD, model, listen=True)
+    answered.set()
+    assert await agent.pulled(model.sha256) == Random(1).randbytes(model.size)
+
+
+async def test_a_broadcast_goes_on_after_the_coordinator_was_cut_off(start: Start, wire: Wire, tmp_path: Path) -> None:
+    cloud, agents = await start(), [await start(f"a{n}", **IMPATIENT) for n in range(3)]
+    wire.at = {n: lambda: wire.broker.cut(CLOUD) for n in (3, 11)}
+    model = cloud.offer(a_file(tmp_path, 20 * CHUNK))
+    for agent in agents:
+        cloud.exchange.announced(agent.name, model)
+        agent.pull(CLOUD, model, listen=True)
+    for agent in agents:
+        assert await agent.pulled(model.sha256) == Random(1).randbytes(model.size)
+
+
+async def test_while_closed_nothing_is_sent(start: Start, wire: Wire, tmp_path: Path) -> None:
+    cloud, agent = await start(), await start("a1")
+    agent.exchange.pace.renew(0, is_open=False)
+    blob = agent.offer(a_file(tmp_path, 20 * CHUNK))
+    cloud.pull("a1", blob)
+    async with asyncio.timeout(PATIENCE_S):
+        while not agent.exchange.sending.n_pending:
+            agent._moved.clear()
+            await agent._moved.wait()
+    assert wire.passed == []
+    agent.exchange.pace.renew(1000 * CHUNK)
+    await cloud.pulled(blob.sha256)
 
 
 # ------------------------------------------------------------------------------------------------------ a bad network

@@ -12,7 +12,7 @@ from protocol import files
 from protocol.adapters import Adapter, Factors, canonical, truncate
 from protocol.errors import BadUpdate
 from protocol.messages import Blob, Wire
-from protocol.models import open_model, read_model, write_model
+from protocol.models import StoredModel, open_model, read_model, write_model
 
 SIZES = {"a.q": (6, 5, 3), "b.up": (3, 8, 1), "c.down": (4, 4, 4)}  # d_out, d_in, rank
 
@@ -50,6 +50,7 @@ def test_round_trip(path: Path, dtype: Wire, tolerance: float) -> None:
     assert [level.rank for level in levels] == [0, 1, 2, 3, 4]
     assert levels[-1].size == path.stat().st_size
     same(read_model(path, max_bytes=levels[-1].size), adapter, tolerance)
+    same(dict(StoredModel(path, max_bytes=levels[-1].size)), adapter, tolerance)
     header, ends = open_model(path, max_bytes=levels[-1].size)
     assert (header.version, ends) == (7, [level.size for level in levels])
 
@@ -129,6 +130,8 @@ def test_values_that_are_not_finite_are_not_accepted(path: Path, part: str) -> N
     path.write_bytes(path.read_bytes().replace(np.float32(12345).tobytes(), np.float32(np.nan).tobytes()))
     with pytest.raises(BadUpdate, match=r"'b.up' of the model has values that are not finite"):
         read_model(path, max_bytes=10**6)
+    with pytest.raises(BadUpdate, match=r"'b.up' of the model has values that are not finite"):
+        StoredModel(path, max_bytes=10**6)["b.up"]
 
 
 def test_an_update_file_is_no_model(path: Path) -> None:

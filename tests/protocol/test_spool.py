@@ -241,3 +241,30 @@ def test_a_log_that_could_not_grow_is_continued_in_the_right_place(spool: Spool)
     for index in (4, 5, 1):
         partial.write(index, b"abcdefgh"[index : index + 1])
     assert here(spool.open(crumbs)) == [0, 1, 4, 5]
+
+
+@pytest.mark.parametrize("begun_anew", [True, False])
+def test_what_is_given_up_while_it_is_verified_does_not_become_another_file(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch, *, begun_anew: bool
+) -> None:
+    """A file is hashed in a thread; meanwhile its transfer may be stopped, and wanted again."""
+    first, later = spool.open(BLOB), []
+    put(first, *range(11))
+    digest = hashlib.file_digest
+
+    def slowly(*given: object) -> object:
+        found = digest(*given)  # type: ignore[arg-type]
+        first.discard()
+        if begun_anew:
+            later.append(spool.open(BLOB))
+        return found
+
+    with monkeypatch.context() as hashing:
+        hashing.setattr(hashlib, "file_digest", slowly)
+        with pytest.raises(Unavailable):
+            first.finish()
+    assert not spool.blobs.has(BLOB.sha256), "an empty file with the digest of a whole one"
+    for partial in later:
+        assert here(partial) == []
+        put(partial, *range(11))
+        assert partial.finish().read_bytes() == DATA

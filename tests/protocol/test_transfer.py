@@ -1,11 +1,15 @@
 """The receiving pool as stories: what happened, what it wished."""
 
+from collections import deque
+from math import inf
+
 import pytest
 
 from protocol.bitmap import Bitmap
 from protocol.errors import BadMessage
-from protocol.messages import Blob
-from protocol.transfer import Action, Completed, GaveUp, Receiving, SendGrant
+from protocol.messages import Blob, Grant
+from protocol.pacing import Pace
+from protocol.transfer import Action, Completed, GaveUp, Receiving, SendGrant, StopListening
 
 KIB = 1024
 
@@ -248,16 +252,60 @@ def test_opening_again_changes_nothing_unless_the_geometry_differs() -> None:
     assert len(pool) == 1
 
 
-def test_a_broadcast_is_listened_to_and_only_its_gaps_are_asked_for() -> None:
-    pool = Receiving(window=4)
-    what = blob(6)
-    assert pool.open("c", what, 0, listen_s=2) == []
-    assert pool.wake_at == 2
-    assert feed(pool, "c", what, 0, 1, now=1) == feed(pool, "c", what, 3, 5, now=2.5) == []
-    assert pool.tick(4.4) == []
-    assert grants(pool.tick(4.5)) == {("c", A): [(2, 1), (4, 1)]}
-    assert feed(pool, "c", what, 4, 2, now=5) == [Completed("c", A)]
-    assert pool.counts.n_voided == 0
+def hear(pool: Receiving, what: Blob, *indices: int, now: float = 0.0) -> list[Action]:
+    actions: list[Action] = []
+    for index in indices:
+        n_bytes = min(what.chunk, what.size - index * what.chunk)
+        actions += pool.chunk("c", what.xfer, index, n_bytes, now, heard=True)
+        pool.check()
+    return actions
+
+
+def test_a_listener_says_how_far_it_listens_and_its_credit_goes_on_behind_what_it_hears() -> None:
+    pool, what = Receiving(window=4), blob(9)
+    (begun,) = pool.open("c", what, 0, size=7 * KIB, listening=True)
+    assert begun == SendGrant("c", Grant(xfer=A, ranges=[(0, 4)], until=7))
+    assert grants(hear(pool, what, 0, 3)) == {("c", A): [(4, 3)]}, "1 and 2 are passed over and leave room for three"
+    assert grants(hear(pool, what, 4)) == {("c", A): [(1, 2)]}, "the gaps come last"
+    assert hear(pool, what, 5, 1, 6) == [], "a gap may be filled for all, before or after"
+    assert hear(pool, what, 2) == [Completed("c", A)]
+    assert pool.counts.n_voided == 2
+
+
+def test_who_joins_late_goes_on_from_where_the_broadcast_is() -> None:
+    pool, what = Receiving(window=4), blob(40)
+    pool.open("c", what, 0, listening=True)
+    assert grants(hear(pool, what, 20)) == {("c", A): [(21, 4)]}
+
+
+def test_who_is_sent_more_than_its_budget_without_asking_listens_no_longer() -> None:
+    pool, what = Receiving(window=2, budget_bytes=8 * KIB), blob(80)
+    pool.open("c", what, 0, listening=True)
+    assert StopListening("c", A) not in hear(pool, what, *range(7, 64, 8))
+    stopped, granted = hear(pool, what, 72)
+    assert stopped == StopListening("c", A)
+    assert isinstance(granted, SendGrant)
+    assert granted.grant.until == 0
+    pool = Receiving(window=2, budget_bytes=8 * KIB)
+    pool.open("c", what, 0, listening=True)
+    heard = [action for index in range(7, 70, 4) for action in hear(pool, what, index, index + 1)]
+    assert StopListening("c", A) not in heard, "it catches up each time"
+
+
+@pytest.mark.parametrize(("heard", "n_silences"), [((), 1), ((0,), 2)], ids=["deaf", "ended"])
+def test_who_hears_nothing_pulls(heard: tuple[int, ...], n_silences: int) -> None:
+    pool, what = Receiving(window=4, timeout_s=5), blob(6)
+    pool.open("c", what, 0, listening=True)
+    hear(pool, what, *heard)
+    actions: list[Action] = []
+    for _ in range(n_silences):
+        assert StopListening("c", A) not in actions
+        assert pool.wake_at is not None
+        actions = pool.tick(pool.wake_at)
+    stopped, granted = actions
+    assert stopped == StopListening("c", A)
+    assert isinstance(granted, SendGrant)
+    assert (granted.grant.until, granted.grant.ranges[0][0]) == (0, len(heard))
 
 
 @pytest.mark.parametrize(
@@ -296,3 +344,72 @@ def test_peers_advance_together_when_the_budget_is_short() -> None:
             queue += feed(pool, action.peer, what, *range(first, first + n))
     left = [pool.remaining(peer, what.xfer) or 0 for peer in peers]
     assert max(left) <= 16, f"the first is done and another has {max(left)} of 100 to go"
+
+
+# ---------------------------------------------------------------------------------------------------- long links and caps
+
+
+def drive(
+    pool: Receiving, what: Blob, *, bytes_per_s: float, rtt_s: float, until_s: float = inf
+) -> tuple[float, float]:
+    """Pull over a link of this bandwidth and round trip; when the last chunk came, and the most that waited before the link."""
+    now, free_at, queue_s = 0.0, 0.0, 0.0
+    arrivals: deque[tuple[float, int]] = deque()
+    actions = pool.open("x", what, now)
+    while True:
+        for action in actions:
+            if isinstance(action, Completed):
+                return now, queue_s
+            assert isinstance(action, SendGrant)
+            for first, n in action.grant.ranges:
+                for index in range(first, first + n):
+                    free_at = max(free_at, now + rtt_s / 2) + what.chunk / bytes_per_s
+                    queue_s = max(queue_s, free_at - now - rtt_s / 2)
+                    arrivals.append((free_at + rtt_s / 2, index))
+        if not arrivals or (pool.wake_at is not None and pool.wake_at < arrivals[0][0]):
+            assert pool.wake_at is not None
+            now = pool.wake_at
+            actions = pool.tick(now)
+        else:
+            now, index = arrivals.popleft()
+            actions = feed(pool, "x", what, index, now=now)
+        if now > until_s:
+            return now, queue_s
+
+
+@pytest.mark.parametrize("mbit_per_s", [20, 200, 1000])
+def test_a_window_follows_a_long_link_and_no_further(mbit_per_s: int) -> None:
+    bytes_per_s = mbit_per_s * 1e6 / 8
+    what = blob(1200, chunk=256 * KIB, last=256 * KIB)
+    pool = Receiving(window=8, max_window=256)
+    took_s, queue_s = drive(pool, what, bytes_per_s=bytes_per_s, rtt_s=0.1)
+    assert what.size / took_s > 0.85 * bytes_per_s
+    start_s = 8 * 256 * KIB / bytes_per_s
+    assert queue_s < max(start_s, 0.4), "what waits before a slow link is not the point of a long window"
+    assert pool.counts.n_voided == 0
+    fixed_s, _ = drive(Receiving(window=8), what, bytes_per_s=bytes_per_s, rtt_s=0.1)
+    assert mbit_per_s < 200 or fixed_s > 1.2 * took_s
+
+
+def test_no_window_outgrows_its_share_of_the_budget() -> None:
+    pool = Receiving(window=2, max_window=64, budget_bytes=32 * KIB)
+    for peer in ("y", "z"):
+        pool.open(peer, blob(100, "b"), 0)
+    drive(pool, blob(400), bytes_per_s=1e6, rtt_s=0.1, until_s=0.3)
+    assert pool.out_bytes <= (32 // 3 + 2 * 2) * KIB
+
+
+def test_credit_is_given_no_faster_than_the_cap() -> None:
+    pool = Receiving(window=8, pace=Pace(10 * KIB))
+    took_s, _ = drive(pool, blob(101, last=KIB), bytes_per_s=1e9, rtt_s=0.01)
+    assert 8 < took_s < 10.5, "a hundred KiB at ten per second, less the burst and the last window"
+
+
+def test_while_closed_no_credit_is_given() -> None:
+    pool = Receiving(window=4, pace=Pace(is_open=False))
+    assert pool.open("x", blob(6), 0) == []
+    assert pool.wake_at is not None
+    assert pool.tick(pool.wake_at) == []
+    pool.check()
+    pool.pace.is_open = True
+    assert grants(pool.tick(pool.wake_at)) == {("x", A): [(0, 4)]}

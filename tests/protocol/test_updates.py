@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from protocol.adapters import Adapter, Factors
 from protocol.errors import BadUpdate
-from protocol.messages import Wire
+from protocol.messages import UpdateDtype
 from protocol.updates import LoraUpdate, open_update, write_update
 
 WHICH: dict[str, Any] = {"job": "j1", "round": 3, "attempt": 1}
@@ -36,7 +36,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "update"
 
 
-def write(path: Path, adapter: Adapter, dtype: Wire = "fp32") -> int:
+def write(path: Path, adapter: Adapter, dtype: UpdateDtype = "fp32") -> int:
     return write_update(path, adapter, **WHICH, dtype=dtype)
 
 
@@ -45,7 +45,7 @@ def read(path: Path, max_bytes: int = 10**6) -> LoraUpdate:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 0), ("fp16", 2**-11), ("bf16", 2**-8)])
-def test_round_trip(path: Path, dtype: Wire, tolerance: float) -> None:
+def test_round_trip(path: Path, dtype: UpdateDtype, tolerance: float) -> None:
     adapter = make_adapter()
     size = write(path, adapter, dtype)
     update = open_update(path, "lora", **WHICH, max_bytes=size)
@@ -57,6 +57,42 @@ def test_round_trip(path: Path, dtype: Wire, tolerance: float) -> None:
         back = update.factors(name)
         assert np.allclose(back.a, factors.a, rtol=tolerance, atol=0)
         assert np.allclose(back.b, factors.b, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("int8", 1 / 127), ("nf4", 0.2)])
+def test_round_trip_by_component(path: Path, dtype: UpdateDtype, tolerance: float) -> None:
+    adapter = make_adapter()
+    spread = np.geomspace(1, 1e-3, 4, dtype=np.float32)
+    adapter["layers.0.q"] = Factors(adapter["layers.0.q"].a, adapter["layers.0.q"].b * spread)
+    update = open_update(path, "lora", **WHICH, max_bytes=write(path, adapter, dtype))
+    update.check(RANKS, SHAPES)
+    update.check_values()
+    for name, factors in adapter.items():
+        back = update.factors(name)
+        assert (np.abs(back.a - factors.a) <= tolerance * np.abs(factors.a).max(axis=1, keepdims=True)).all()
+        assert (np.abs(back.b - factors.b) <= tolerance * np.abs(factors.b).max(axis=0, keepdims=True)).all()
+
+
+@pytest.mark.parametrize(("dtype", "smaller"), [("bf16", 2), ("int8", 4), ("nf4", 7.75)])
+def test_a_large_update_takes_next_to_nothing_beside_its_values(path: Path, dtype: UpdateDtype, smaller: float) -> None:
+    rng = np.random.default_rng(0)
+    factors = Factors(
+        rng.standard_normal((16, 2048), dtype=np.float32), rng.standard_normal((4096, 16), dtype=np.float32)
+    )
+    n_values = 16 * (2048 + 4096)
+    assert write(path, {"q": factors}, dtype) <= 1.01 * 4 * n_values / smaller
+
+
+@pytest.mark.parametrize("dtype", ["int8", "nf4"])
+def test_a_scale_that_is_no_number_is_refused(path: Path, dtype: UpdateDtype) -> None:
+    write(path, make_adapter(), dtype)
+    header, *_ = msgpack.Unpacker(path.open("rb"))
+    at = len(msgpack.packb(header)) + 1 + 5
+    packed = bytearray(path.read_bytes())
+    packed[at : at + 2] = b"\x80\x7f"  # infinity in bf16
+    path.write_bytes(packed)
+    with pytest.raises(BadUpdate, match=r"layers\.0\.q"):
+        read(path).check_values()
 
 
 def test_equal_adapters_have_equal_bytes(path: Path, tmp_path: Path) -> None:
@@ -86,7 +122,7 @@ def test_scores_ride_along_for_some_or_no_matrix(path: Path) -> None:
     assert update.scores == {"layers.0.v": [2.0, 0.5], "layers.1.up": [0.0]}
     update.check(RANKS, SHAPES)
     update.check_values()
-    assert plain < update.size < plain + 60
+    assert plain < update.size < plain + 30
 
 
 def test_a_file_from_before_scores_still_opens(path: Path) -> None:
@@ -100,6 +136,14 @@ def test_a_file_from_before_scores_still_opens(path: Path) -> None:
     read(path).check_values()
 
 
+def test_scores_as_earlier_versions_sent_them_are_read(path: Path) -> None:
+    write(path, make_adapter())
+    header, *_ = msgpack.Unpacker(path.open("rb"))
+    values = path.read_bytes()[len(msgpack.packb(header)) :]
+    path.write_bytes(msgpack.packb({**header, "scores": [[0.25, 0.5], [], [1.0]]}) + values)
+    assert read(path).scores == {"layers.0.q": [0.5, 0.25], "layers.1.up": [1.0]}
+
+
 @pytest.mark.parametrize(
     "scores",
     [
@@ -111,6 +155,11 @@ def test_a_file_from_before_scores_still_opens(path: Path) -> None:
         [[1e31], [], []],
         [[1.0] * 65, [], []],
         [["1"], [], []],
+        [b"\x80", b"", b""],
+        [b"\x80\xbf", b"", b""],
+        [b"\x80\x7f", b"", b""],
+        [b"\xff\xff", b"", b""],
+        [b"\x80\x3f" * 65, b"", b""],
         {"layers.0.q": [1.0]},
     ],
 )

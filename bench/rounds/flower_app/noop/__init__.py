@@ -1,0 +1,1 @@
+"""Rounds without training in Flower."""

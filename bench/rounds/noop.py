@@ -1,0 +1,90 @@
+"""Training that does nothing: what an agent got comes back, moved by a number that no other agent and no other round has.
+
+Without that number all updates would be one file, which content addressing stores and sends once; the round would look cheaper
+than any real one.  Registered as a plug-in by bench/rounds/fleet.py, in processes of that fleet alone.
+
+    noop-average    the factors' values, averaged: what Flower and NVFlare do with arrays
+    noop-product    a change in low-rank factors, summed exactly and cut by SVD: what fedpipe's own method does
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import ClassVar, Final
+
+import msgspec
+import numpy as np
+
+from agent.child import Evaluated, Finished, Phase, Surveyed, TrainTask
+from agent.trainers import Running
+from protocol import messages
+from protocol.adapters import Adapter, Factors
+from protocol.messages import Matrix, Plan
+from protocol.methods import Method
+from protocol.models import read_model
+from protocol.updates import Kind, write_update
+
+AVERAGE: Final = Method(name="noop-average", trainer="noop-average", kind="lora-values", aggregator="average")
+PRODUCT: Final = Method(name="noop-product", trainer="noop-product", kind="lora", aggregator="product")
+METHODS: Final = (AVERAGE, PRODUCT)
+
+MATRICES_FILE: Final = "matrices.json"
+"""In the base's folder: the matrices that its survey finds."""
+
+
+class Values:
+    """Sends the values that it received."""
+
+    produces: ClassVar[Kind] = "lora-values"
+
+    def survey(self, task: TrainTask) -> Running:
+        """Say what lies in the base's folder."""
+        listed = (Path(task.base_folder) / MATRICES_FILE).read_bytes()
+        matrices = msgspec.json.decode(listed, type=list[Matrix])
+        digest = hashlib.sha256(listed).hexdigest()
+        yield Surveyed(result=messages.Surveyed(base_sha256=digest, matrices=matrices, n_train=100, n_eval=10))
+        return Finished()
+
+    def train(self, task: TrainTask) -> Running:
+        """Hand back what came."""
+        plan = task.plan
+        yield Phase(name="training")
+        if plan.purpose == "evaluate":
+            yield Evaluated(result=messages.Evaluated(version=plan.version, n_samples=10, n_tokens=10, loss=0.0))
+            return Finished()
+        received = read_model(Path(task.model_file), max_bytes=task.max_model_bytes) if task.model_file else {}
+        write_update(
+            Path(task.out_file),
+            moved(received, plan, self._shapes(task)),
+            job=plan.job,
+            round=plan.round,
+            attempt=plan.attempt,
+            dtype=plan.update_dtype,
+            kind=self.produces,
+        )
+        return Finished(file=task.out_file, samples=1, steps=1)
+
+    def _shapes(self, task: TrainTask) -> dict[str, tuple[int, int]]:
+        listed = (Path(task.base_folder) / MATRICES_FILE).read_bytes()
+        return {m.name: (m.d_out, m.d_in) for m in msgspec.json.decode(listed, type=list[Matrix])}
+
+
+class Delta(Values):
+    """Sends as many values, to be understood as a change."""
+
+    produces: ClassVar[Kind] = "lora"
+
+
+def moved(received: Adapter, plan: Plan, shapes: dict[str, tuple[int, int]]) -> Adapter:
+    """Factors of the planned ranks: those received, or ones that are drawn where nothing was, plus the share's own number."""
+    seed = plan.train.seed if plan.train else 0
+    draw, shift = np.random.default_rng(seed), np.float32(1e-3 * (seed % 9973 + 1))
+    found = {}
+    for name, rank in plan.ranks.items():
+        known = received.get(name)
+        if known is None or known.rank != rank:
+            d_out, d_in = shapes[name]
+            known = Factors(draw.random((rank, d_in), np.float32), draw.random((d_out, rank), np.float32))
+        found[name] = Factors(known.a + shift, known.b + shift)
+    return found
