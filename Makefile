@@ -10,12 +10,13 @@
 # make bench-rounds   what a round costs beside its training; Flower and NVFlare for the same (half an hour; quick: make bench-rounds ARGS=--quick)
 # make bench-aggregation   the sum of 100 agents at the shape of Llama-7B: time, memory, error (ten minutes)
 # make bench-wire   bytes beside final loss for every type in which updates travel (a quarter of an hour)
+# make bench-training   what the agent adds to training: its trainer beside the same QLoRA loop on PEFT (an hour or more)
 # make bench-pipeline   fedpipe beside published baselines on a virtual fleet (an hour; quick: make bench-pipeline ARGS=--quick)
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check bench-transfer bench-rounds bench-wire bench-aggregation bench-pipeline simulate fuzz chaos crashes docs clean
+.PHONY: setup demo test check bench-transfer bench-rounds bench-wire bench-training bench-aggregation bench-pipeline simulate fuzz chaos crashes docs clean
 
 setup: $(STAMP)
 
@@ -59,6 +60,9 @@ bench-aggregation: setup
 
 bench-wire: setup
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m bench.wire $(ARGS)
+
+bench-training: setup
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m bench.training $(ARGS)
 
 chaos: setup mosquitto
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m chaos $(ARGS)

@@ -116,11 +116,24 @@ def _shuffled(examples: Sequence[Example], seed: str) -> list[Example]:
     return random.Random(seed).sample(examples, len(examples))
 
 
-def token_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forward pass: the sum of -log p over the batch's targets, a scalar with gradient, and how many were the likeliest.
+def summed_loss(model: Any, batch: Batch) -> torch.Tensor:
+    """Forward pass: the sum of -log p over the batch's targets, a scalar with gradient.
 
     Cost: two fp32 copies of the logits, rows x longest x vocabulary.
     """
+    return _summed_loss(*_predicted(model, batch))
+
+
+def token_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """`summed_loss`, and how many targets were the likeliest token: one more look at all logits."""
+    logits, labels = _predicted(model, batch)
+    with torch.no_grad():
+        hits = (logits.argmax(-1) == labels).sum()  # an ignored label is no token, so it never hits
+    return _summed_loss(logits, labels), hits
+
+
+def _predicted(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (rows * longest, vocabulary) and the label that each of them predicts (rows * longest,)."""
     device = model.device
     move = {"non_blocking": device.type == "cuda"}
     logits = model(
@@ -128,10 +141,11 @@ def token_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         attention_mask=None if batch.mask is None else batch.mask.to(device, **move),
         position_ids=None if batch.positions is None else batch.positions.to(device, **move),
         use_cache=False,
-    ).logits.flatten(0, 1)  # (rows * longest, V)
+    ).logits.flatten(0, 1)
     # The label moves to the position that predicts it; shifting labels instead of logits saves a copy of the logits.
     labels = functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED).flatten().to(device, **move)
-    loss = functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
-    with torch.no_grad():
-        hits = (logits.argmax(-1) == labels).sum()  # an ignored label is no token, so it never hits
-    return loss, hits
+    return logits, labels
+
+
+def _summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")

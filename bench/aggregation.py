@@ -4,7 +4,8 @@
 
 Agents have ranks 4 to 64 and send NF4 or what `--dtype` says.  An agent's delta is a random mixture of a signal that all share,
 with singular values 0.95^j, and as much noise of its own as signal (`--noise`); `white` is noise alone, the worst case.  Files
-hold one layer, and all layers read it: decoding costs what it would, reading comes from the page cache.  The model before the round is not part of the sum.
+hold one layer, and all layers read it: decoding costs what it would, reading comes from the page cache.  A model
+before the round is part of the sum only with `--model`.
 
 Error, per shape of matrix, against the exact result: `excess` is how much further from the whole sum the found components are
 than the best ones, relative to the norm of the sum; `kept` is the distance to the best ones, relative to their norm.  The dense
@@ -31,6 +32,7 @@ from coordinator.aggregators import Weighted
 from coordinator.aggregators.product import Product
 from protocol.adapters import F64, Factors, principal
 from protocol.messages import UpdateDtype
+from protocol.models import StoredModel, write_model
 from protocol.updates import LoraUpdate, write_update
 
 RANKS = (4, 8, 16, 32, 64)
@@ -80,6 +82,20 @@ def _delta(rng: np.random.Generator, bases: list[np.ndarray], rank: int, noise: 
             own = signal + np.float32(noise) * own * np.linalg.norm(signal, axis=0) / np.linalg.norm(own, axis=0)
         sides.append(own)
     return Factors(np.ascontiguousarray(sides[1].T), sides[0])
+
+
+def write_old(path: Path, one: LoraUpdate, told: argparse.Namespace) -> StoredModel:
+    """A model of all layers and `--max-rank` components, as the coordinator reads it: one matrix at a time."""
+    rng = np.random.default_rng(0)
+    layer = {
+        name: Factors(
+            *(rng.standard_normal(shape, dtype=np.float32) for shape in ((told.max_rank, d_in), (d_out, told.max_rank)))
+        )
+        for name, (d_out, d_in) in ((name, LAYER[name]) for name in one.ranks)
+    }
+    whole = {f"{i:02}.{name}": factors for i in range(told.layers) for name, factors in layer.items()}
+    levels = write_model(path, whole, version=1, dtype="fp32")
+    return StoredModel(path, max_bytes=levels[-1].size)
 
 
 def weighted(files: list[LoraUpdate], n_agents: int, n_layers: int) -> list[Weighted]:
@@ -144,20 +160,23 @@ def main() -> None:
     parser.add_argument(
         "--exact", nargs="*", default=["q", "gate"], help="compare these with the exact result (minutes)"
     )
+    parser.add_argument("--model", action="store_true", help="also a model before the round; then nothing is compared")
     parser.add_argument("--dense", action="store_true", help="also the dense sum of one square matrix (minutes)")
     parser.add_argument("--write", metavar="NAME", help=f"keep the figures under this name in {RESULTS.name}")
     told = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fedpipe-aggregation-") as folder:
         files = write_fleet(Path(folder), min(told.files, told.agents), told.noise, told.dtype, told.matrices)
         given = weighted(files, told.agents, told.layers)
+        model = write_old(Path(folder) / "model", files[0], told) if told.model else {}
         result = []
-        cpu_s, wall_s = cost(lambda: result.append(Product().aggregate({}, given, max_rank=told.max_rank)))
+        cpu_s, wall_s = cost(lambda: result.append(Product().aggregate(model, given, max_rank=told.max_rank)))
         peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         dropped = result[0].dropped_ratio
         figures: dict[str, object] = {
             "agents": told.agents,
             "matrices": len(dropped),
             "max_rank": told.max_rank,
+            "model": told.model,
             "noise": told.noise,
             "dtype": told.dtype,
             "columns": sum(u.update.ranks[min(dropped)] for u in given),
@@ -167,7 +186,7 @@ def main() -> None:
             "peak_mib": round(peak_mib),
             "dropped_ratio": round(sum(dropped.values()) / len(dropped), 4),
         }
-        for name in told.exact:
+        for name in [] if told.model else told.exact:
             figures[name] = errors(given, result[0].adapter[f"00.{name}"], f"00.{name}")
         if told.dense:
             square = [

@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -37,6 +37,7 @@ from protocol import codec
 from protocol.blobs import Blobs
 from protocol.broadcast import EVERYONE
 from protocol.bus import BrokerConfig, Connected, Received, mqtt_bus
+from protocol.daemon import tune_malloc
 from protocol.exchange import Exchange, Outcome, Pulled
 from protocol.frames import encode_frame
 from protocol.messages import Blob, Done, Grant, Refuse
@@ -45,6 +46,7 @@ from protocol.spool import Spool
 from protocol.topics import FromAgent, FromCoordinator, ToAgent, Topics
 from protocol.transfer import MAX_WINDOW, Receiving
 
+tune_malloc()  # as the daemons do; in every process of the bench
 CLOUD = "coordinator"
 CHUNK_BYTES = 256 * 1024
 MB = 10**6
@@ -183,6 +185,12 @@ class Agents:
         self._pipe.send(("stop",))
         await asyncio.to_thread(self._process.join, 20)
 
+    @property
+    def pid(self) -> int:
+        """Of that process."""
+        assert self._process.pid is not None
+        return self._process.pid
+
     def do(self, *order: Any) -> None:
         """Give an order; see _live."""
         self._pipe.send(order)
@@ -292,6 +300,21 @@ async def link(port: int, bytes_per_s: float, one_way_s: float) -> AsyncIterator
         server.close()
 
 
+@contextmanager
+def added_cpu_s(total: list[float], pids: Iterable[int]) -> Iterator[None]:
+    """Adds to `total` what each process spends within; the kernel counts in steps of 10 ms."""
+    tick_s = 1 / os.sysconf("SC_CLK_TCK")
+
+    def spent() -> list[float]:
+        fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
+        return [(int(field[11]) + int(field[12])) * tick_s for field in fields]  # utime, stime: proc(5)
+
+    before = spent()
+    yield
+    for n, after in enumerate(spent()):
+        total[n] += after - before[n]
+
+
 def content(folder: Path, n_bytes: int, seed: int) -> tuple[Path, Blob]:
     """A file of random bytes, and its blob."""
     path, random = folder / f"content-{seed}", Random(seed)
@@ -304,23 +327,27 @@ def content(folder: Path, n_bytes: int, seed: int) -> tuple[Path, Blob]:
 
 
 async def throughput(port: int, folder: Path, n_bytes: int, n_times: int = 7) -> dict[str, Any]:
-    """MB/s of a verified, durable upload and of bare publishes, in turn; medians."""
+    """MB/s of a verified, durable upload and of bare publishes, in turn, medians; and the CPU time that they cost."""
     url = f"mqtt://127.0.0.1:{port}"
     bare, ours, last = [], [], []
+    spent = {"bare": [0.0, 0.0], "verified": [0.0, 0.0]}
     async with Node(url, folder, CLOUD, window=12) as cloud, Agents(url, folder, ["a0"]) as agent:
+        pids = {"sender": agent.pid, "receiver": os.getpid()}
         for seed in range(n_times):
             path, blob = content(folder, n_bytes, seed)
-            started, counting = time.monotonic(), asyncio.create_task(cloud.count(blob.n_chunks))
-            agent.do("publish", path, blob)
-            await counting
+            with added_cpu_s(spent["bare"], pids.values()):
+                started, counting = time.monotonic(), asyncio.create_task(cloud.count(blob.n_chunks))
+                agent.do("publish", path, blob)
+                await counting
             bare.append(time.monotonic() - started)
             agent.do("offer", [(path, blob)])
             await agent.answer()
-            started, counting = time.monotonic(), asyncio.create_task(cloud.count(blob.n_chunks))
-            cloud.exchange.pull("a0", blob)
-            await counting
-            last.append(time.monotonic() - started)
-            await cloud.pulled()
+            with added_cpu_s(spent["verified"], pids.values()):
+                started, counting = time.monotonic(), asyncio.create_task(cloud.count(blob.n_chunks))
+                cloud.exchange.pull("a0", blob)
+                await counting
+                last.append(time.monotonic() - started)
+                await cloud.pulled()
             ours.append(time.monotonic() - started)
         await asyncio.sleep(1.5)  # the broker counts each second
         rates = {
@@ -331,6 +358,10 @@ async def throughput(port: int, folder: Path, n_bytes: int, n_times: int = 7) ->
             "mb_per_s": {name: round(rate) for name, rate in rates.items()},
             "ratio_last_chunk": round(rates["last chunk"] / rates["bare"], 2),
             "ratio_verified": round(rates["verified"] / rates["bare"], 2),
+            "cpu_s_per_gb": {
+                side: {how: round(spent[how][n] * 1e9 / n_bytes / n_times, 2) for how in spent}
+                for n, side in enumerate(pids)
+            },
             "dropped": cloud.n_dropped,
             "sent_again": cloud.exchange.receiving.counts.n_voided,
         }

@@ -160,7 +160,7 @@ class Fleet:
         job: dict[str, Any] = {
             "job": {"name": name, "seed": 3},
             "model": {"source": str(self.base)},
-            "adapter": {"targets": ["all"], "rank": 4, "bits": "nf4", "max_rank": 8},
+            "adapter": {"targets": ["all"], "rank": 4, "bits": "nf4", "max_rank": 8, "update_dtype": "int8"},
             "train": {"n_steps": 8, "batch": 4, "learning_rate": 3e-3, "max_tokens": 48},
             "round": {
                 "n_rounds": 2,

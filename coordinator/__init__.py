@@ -1,4 +1,4 @@
-"""The cloud daemon: plans rounds, collects updates, aggregates them exactly."""
+"""The cloud daemon: plans rounds, collects updates, aggregates them as products."""
 
 import os
 

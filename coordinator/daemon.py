@@ -277,10 +277,10 @@ class Coordinator:
         self._slow[name].add_done_callback(lambda _: self._slow.pop(name, None))
 
     async def _plan(self, wish: act.MakePlan) -> None:
-        self.tell(await self.work.plan(wish, self.fleet.state))
+        await self.inbox.settle(await self.work.plan(wish, self.fleet.state))
 
     async def _fold(self, wish: act.Aggregate) -> None:
-        self.tell(await self.work.fold(wish))
+        await self.inbox.settle(await self.work.fold(wish))
 
     # ------------------------------------------------------------------------------------------------------------ bus
 

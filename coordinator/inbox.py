@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 
 from coordinator.core import events as ev
 from coordinator.disk import Disk
@@ -36,6 +37,12 @@ class Inbox:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queue.put_nowait((event, done))
         await done
+
+    async def settle(self, event: ev.Happened) -> None:
+        """The same, however long the disk refuses: what it is the end of counts as under way until the core knows of it."""
+        while True:
+            with suppress(Unavailable):
+                return await self.post(event)
 
     def tell(self, event: ev.Happened) -> None:
         """Hand in a fact."""

@@ -46,6 +46,20 @@ def with_round(measured: Evaluations, current: Round | None) -> Evaluations:
     return dict(sorted((measured | {v: measured.get(v, {}) | by for v, by in fresh.items()}).items()))
 
 
+def comparable(measured: Evaluations) -> Evaluations:
+    """The same of those agents alone that measured both the first version and the last; what all measured of the last if none did.
+
+    A mean over whoever measured moves because somebody came or went, too; of these the means can be compared.
+    """
+    if not measured:
+        return {}
+    first, last = min(measured), max(measured)
+    both = measured[first].keys() & measured[last].keys()
+    if not both:
+        return {last: measured[last]}
+    return {version: {a: found for a, found in by.items() if a in both} for version, by in measured.items()}
+
+
 def mean_loss(measured: Mapping[str, Evaluated]) -> float | None:
     """Mean over agents, each counting the same; None when nobody measured."""
     return sum(e.loss for e in measured.values()) / len(measured) if measured else None

@@ -162,6 +162,8 @@ class JobView(View, frozen=True, kw_only=True):
     history: list[RoundRecord] = []
     evaluations: Evaluations = {}
     versions: list[VersionView] = []
+    has_plan: bool = False
+    """Whether there is a plan to be asked for."""
     n_skipped: int = 0
     cost: CostView = CostView()
 
@@ -307,6 +309,7 @@ def job_view(
         history=rest,
         evaluations=with_round(evaluations(rest), job.round) if skip else measured,
         versions=version_views(job, versions, measured),
+        has_plan=job.plan is not None,
         n_skipped=len(past.rounds) - len(rest),
         cost=past.cost,
     )

@@ -188,7 +188,7 @@ def _follow(coordinator: Coordinator, job: str, *, as_json: bool) -> None:
         else:
             view = watching.watch(coordinator, job, _console())
     except KeyboardInterrupt:
-        print(f"the job goes on: fedpipe watch {job} follows it, fedpipe cancel {job} ends it", file=sys.stderr)
+        print(f"the job stays as it is: fedpipe watch {job} follows it, fedpipe cancel {job} ends it", file=sys.stderr)
         raise typer.Exit(130) from None
     if view.phase is not Phase.COMPLETED:
         raise typer.Exit(FAILED)

@@ -22,7 +22,7 @@ from rich.text import Text
 from coordinator.core.state import Phase, RoundRecord
 from coordinator.cost import spent_text
 from coordinator.figures import duration_text, loss_text, plain, share_text, size_text, sparkline
-from coordinator.past import mean_loss
+from coordinator.past import comparable, mean_loss
 from coordinator.plan_views import fleet_under_training, round_under_training
 from coordinator.views import AgentView, FleetView, JobView, MemberView, ShareView
 from protocol.messages import Progress
@@ -111,11 +111,11 @@ def _short(source: str) -> str:
 
 
 def _way(job: JobView) -> RenderableType:
-    """Rounds done as a bar, then the mean held-out loss of every version that was measured."""
+    """Rounds done as a bar, then the mean held-out loss of every version, over agents of which it can be compared."""
     grid = Table.grid(padding=(0, 2, 0, 0))
     bar = ProgressBar(total=job.n_rounds, completed=min(job.n_rounds, job.round + _fraction(job)), width=20)
     cells: list[RenderableType] = [bar, Text(f"{job.round} of {job.n_rounds} rounds done")]
-    losses = [loss for measured in job.evaluations.values() if (loss := mean_loss(measured)) is not None]
+    losses = [loss for measured in comparable(job.evaluations).values() if (loss := mean_loss(measured)) is not None]
     if losses:
         way = loss_text(losses[0]) if len(losses) == 1 else f"{loss_text(losses[0])} → {loss_text(losses[-1])}"
         cells.append(Text.assemble("held-out loss ", (way, "bold"), " ", (sparkline(losses), "cyan")))

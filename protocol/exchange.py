@@ -22,7 +22,7 @@ import msgspec
 from protocol.broadcast import EVERYONE, Broadcasts
 from protocol.bus import MQTT_MAX_PACKET_BYTES, Bus, BusError, NotConnected
 from protocol.errors import BadMessage, Unavailable
-from protocol.frames import decode_frame, encode_frame
+from protocol.frames import carried_checksum, decode_frame, encode_frame
 from protocol.messages import Blob, Done, Grant, Refuse
 from protocol.pacing import Pace
 from protocol.sending import SendChunk, Sending
@@ -197,7 +197,7 @@ class Exchange:
             return
         index, data = decode_frame(payload)
         try:
-            pull.partial.write(index, data)
+            pull.partial.write(index, data, carried_checksum(payload))
         except Unavailable as error:
             pull.partial = None
             self._perform(self.receiving.close(peer, xfer, self._clock()))

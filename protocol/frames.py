@@ -33,9 +33,7 @@ _RESIDUE = 0x48674BC7  # crc32c(x + little-endian crc32c(x)) for every x
 def encode_frame(index: int, data: bytes) -> bytes:
     """One chunk as it goes over the bus; one copy of `data`.  `data` is 1 byte to 4 MiB, `index` fits 32 bits."""
     assert 0 < len(data) <= MAX_DATA_BYTES, "a chunk is never empty nor above 4 MiB"
-    header = _HEADER.pack(_MAGIC, FRAME_VERSION, index)
-    crc: int = google_crc32c.extend(google_crc32c.value(header), data)
-    return b"".join((header, data, _TRAILER.pack(crc)))
+    return b"".join((_header(index), data, _TRAILER.pack(checksum(index, data))))
 
 
 def decode_frame(payload: bytes) -> tuple[int, memoryview]:
@@ -54,6 +52,22 @@ def decode_frame(payload: bytes) -> tuple[int, memoryview]:
     if google_crc32c.value(payload) != _RESIDUE:
         raise BadMessage(f"chunk {index} was damaged on its way: checksum mismatch", "bad_frame")
     return index, memoryview(payload)[_HEADER.size : -_TRAILER.size]
+
+
+def checksum(index: int, data: bytes) -> int:
+    """The crc32c of a frame: of its header and its bytes."""
+    crc: int = google_crc32c.extend(google_crc32c.value(_header(index)), data)
+    return crc
+
+
+def carried_checksum(payload: bytes) -> int:
+    """The checksum that a frame carries; `decode_frame` has verified it."""
+    (crc,) = _TRAILER.unpack_from(payload, len(payload) - _TRAILER.size)
+    return int(crc)
+
+
+def _header(index: int) -> bytes:
+    return _HEADER.pack(_MAGIC, FRAME_VERSION, index)
 
 
 def chunk_length(blob: Blob, index: int) -> int:

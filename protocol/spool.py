@@ -4,12 +4,19 @@ The state machines of a transfer do no I/O, the bus carries bytes, and somebody 
 the store that finished files move to (protocol/blobs.py) are the only ones besides the bus and the daemons' scaffolding that
 touch the outside.
 
-The log instead of a bitmap.  Per chunk it appends eight bytes, index and crc32c of the data.  On resume every logged chunk is
-read back and checked; what does not fit is simply asked for again.  So neither file has to be ahead of the other: killed
-between two writes, or after a power cut that kept the log and lost the data, the worst is one more chunk on the bus.  Hence
-no fsync until the whole is verified, and no loss at all on kill -9.
+The log instead of a bitmap.  Per chunk it appends eight bytes: the index, and the crc32c of the frame that brought it, so that
+nothing is computed twice.  On resume every logged chunk is read back and checked; what does not fit is simply asked for
+again.  So neither file has to be ahead of the other: killed between two writes, or after a power cut that kept the log and
+lost the data, the worst is one more chunk on the bus.  Hence no fsync until the whole is verified, and no loss at all on
+kill -9.
 
-Files are opened per write: a thousand transfers need no file descriptors, and nothing has to be closed.
+What comes in order is hashed while it comes; the rest, and what an earlier process left, is read at the end.  The digest so
+far lives and dies with a descriptor that holds the file (_Seen), so it can only ever speak for the file that it was made of,
+and what it has seen is what the kernel holds for that file; fsync says at the end whether the disk holds it, too.  A Spool
+holds the files of its last MAX_OPEN transfers; of another the digest is forgotten, and it is read at the end.
+
+To write, files are opened each time (a few percent of what a chunk costs): so a deleted file takes no more chunks, and nobody
+keeps a file system from being made read-only.
 """
 
 from __future__ import annotations
@@ -20,25 +27,45 @@ import os
 import shutil
 import struct
 import threading
-from collections.abc import Iterator
-from contextlib import suppress
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Final
-
-import google_crc32c
 
 from protocol.bitmap import Bitmap
 from protocol.blobs import Blobs, disk
 from protocol.errors import BadMessage, IllegalMove, Unavailable
-from protocol.frames import chunk_length, n_prefix_chunks
+from protocol.frames import checksum, chunk_length, n_prefix_chunks
 from protocol.messages import Blob
 from protocol.topics import is_id, is_xfer
 
 _HEADER = struct.Struct(">4s32sQI")  # magic, sha256, size, chunk
-_RECORD = struct.Struct(">II")  # index, crc32c
-_MAGIC: Final = b"fpl1"
+_RECORD = struct.Struct(">II")  # index, checksum of its frame
+_MAGIC: Final = b"fpl2"
+MAX_OPEN: Final = 64
+"""Transfers whose file stays open: a thousand agents must not need a thousand descriptors."""
 _NAMES: Final = threading.Lock()
 """Held while partial files are made, deleted or given to the store: they are verified in a thread, and may be given up meanwhile."""
+_LATEST: Final[weakref.WeakValueDictionary[Path, Partial]] = weakref.WeakValueDictionary()
+"""Who opened a file last: two must not write to what one of them verifies."""
+
+
+class _Seen:
+    """A partial file, held open, and the digest of what was written to it so far, in order.
+
+    It is closed when nobody uses it any more: a thread may verify what the event loop has given up.
+    """
+
+    def __init__(self, data: Path) -> None:
+        self.file = data.open("rb", buffering=0)
+        weakref.finalize(self, self.file.close)
+        self.sha256, self.n_hashed = hashlib.sha256(), 0
+
+    def is_of(self, descriptor: int) -> bool:
+        """Whether it speaks for the file behind `descriptor`."""
+        return os.path.samestat(os.fstat(self.file.fileno()), os.fstat(descriptor))
 
 
 class Partial:
@@ -47,70 +74,122 @@ class Partial:
     Raises Unavailable from any method when the disk refuses; the file then holds what it held before.
     """
 
-    def __init__(self, blobs: Blobs, blob: Blob, size: int | None, owner: str, reserve_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        blobs: Blobs,
+        blob: Blob,
+        size: int | None,
+        owner: str,
+        reserve_bytes: int = 0,
+        opened: Callable[[Partial], None] = lambda _: None,
+    ) -> None:
         stem = f"{owner}.{blob.xfer}"
         self.blob = blob
         self.size = blob.size if size is None else size
         self.have = Bitmap(n_prefix_chunks(blob, size))
-        self._blobs, self._reserve_bytes = blobs, reserve_bytes
+        self._blobs, self._reserve_bytes, self._opened = blobs, reserve_bytes, opened
         self._data = blobs.partial / f"{stem}.data"
         self._log = blobs.partial / f"{stem}.log"
         self._log_bytes = 0
+        self._seen: _Seen | None = None
+        self.is_verifying = False
         with disk(blobs.folder), _NAMES:
             self._resume()
 
-    def write(self, index: int, data: bytes | memoryview) -> bool:
+    def write(self, index: int, data: bytes | memoryview, crc: int | None = None) -> bool:
         """Put a chunk in its place; False if it is there already or beyond the wanted prefix.
 
-        Raises BadMessage for an index or a length that this blob does not have.
+        `crc` is that of its frame, if it came in one: nothing is copied then.  Raises BadMessage for an index or a length that
+        this blob does not have.
         """
         if index < 0 or not 0 < len(data) == chunk_length(self.blob, index):
             raise BadMessage(f"chunk {index} of {len(data)} bytes does not belong to {self.blob.xfer}")
         if index >= len(self.have) or index in self.have:
             return False
-        piece = bytes(data[: self._length(index)])
-        record = _RECORD.pack(index, google_crc32c.value(piece))
+        if crc is None or len(data) > self._length(index):
+            data = bytes(data[: self._length(index)])
+            crc = checksum(index, data)
         with disk(self._blobs.folder):
             if self._reserve_bytes and shutil.disk_usage(self._blobs.folder).free < self._reserve_bytes:
                 raise OSError(errno.ENOSPC, f"{self._reserve_bytes / 1e6:.0f} MB are to stay free")
-            _write_at(self._data, piece, index * self.blob.chunk)
-            _write_at(self._log, record, self._log_bytes)
+            seen = self._seen or self._look()
+            with _writing(self._data) as descriptor:
+                if not seen.is_of(descriptor):
+                    raise FileNotFoundError(errno.ENOENT, "the unfinished file was begun anew")
+                _write_at(descriptor, data, index * self.blob.chunk)
+            with _writing(self._log) as descriptor:
+                _write_at(descriptor, _RECORD.pack(index, crc), self._log_bytes)
         self._log_bytes += _RECORD.size
+        if index == seen.n_hashed:
+            seen.sha256.update(data)
+            seen.n_hashed += 1
         return self.have.add(index)
 
     def finish(self, sha256: str | None = None) -> Path:
         """Verify the digest (of the whole blob unless told), move the file into the store, durably; its path.
 
-        Cost: one read of the file, so call it in a thread.  Raises BadMessage when the digest differs; everything is
-        deleted then, and the transfer may start again.  Raises IllegalMove while chunks are missing.
+        Cost: a read of what did not come in order, and an fsync, so call it in a thread.  Raises BadMessage when the digest
+        differs; everything is deleted then, and the transfer may start again.  Raises IllegalMove while chunks are missing,
+        Unavailable when it was given up or begun anew meanwhile.
         """
         if not self.have.complete:
             raise IllegalMove(f"{self.blob.xfer}: finished with {len(self.have) - self.have.count} chunks missing")
         expected = self.blob.sha256 if sha256 is None else sha256
-        with disk(self._blobs.folder), self._data.open("rb+") as file:
-            file.truncate(self.size)
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-            with _NAMES:
-                if not os.path.samestat(os.fstat(file.fileno()), self._data.stat()):
-                    raise Unavailable(f"{self.blob.xfer} was given up and begun anew while it was verified")
-                if found == expected:
-                    self._blobs.adopt(self._data, found)
-                else:
-                    self._data.unlink()
-                with suppress(OSError):  # without its data the log says nothing
-                    self._log.unlink(missing_ok=True)
+        with _NAMES:
+            self._check_latest()
+            self.is_verifying = True
+        try:
+            with disk(self._blobs.folder), self._data.open("rb+", buffering=0) as file:
+                found = self._verify(file, self._seen, expected)
+        finally:
+            self.is_verifying = False
+            self.close()
         if found != expected:
             raise BadMessage(
                 f"{self.blob.xfer} arrived with digest {found[:16]}.. instead of {expected[:16]}..: ask again"
             )
         return self._blobs.path(found)
 
+    def close(self) -> None:
+        """Let go of the descriptor, and of the digest with it: what is there already is read at the end."""
+        self._seen = None
+
     def discard(self) -> None:
         """Delete everything of this transfer; what the disk does not let go is swept later."""
+        self.close()
         with suppress(OSError), _NAMES:
             self._log.unlink(missing_ok=True)
             self._data.unlink(missing_ok=True)
+
+    def _look(self) -> _Seen:
+        self._seen = _Seen(self._data)
+        self._opened(self)
+        return self._seen
+
+    def _verify(self, file: FileIO, seen: _Seen | None, expected: str) -> str:
+        """The digest of the file, which is in the store now if it is the expected one, and nowhere otherwise."""
+        digest, n_hashed = hashlib.sha256(), 0
+        if seen and seen.is_of(file.fileno()) and os.fstat(file.fileno()).st_size >= self.size:  # nobody cut it
+            digest, n_hashed = seen.sha256, seen.n_hashed
+        file.truncate(self.size)
+        file.seek(min(self.size, n_hashed * self.blob.chunk))
+        found = hashlib.file_digest(file, lambda: digest).hexdigest()
+        os.fsync(file.fileno())
+        with _NAMES:
+            self._check_latest()
+            if not os.path.samestat(os.fstat(file.fileno()), self._data.stat()):
+                raise Unavailable(f"{self.blob.xfer} was given up and begun anew while it was verified")
+            if found == expected:
+                self._blobs.adopt(self._data, found)
+            else:
+                self._data.unlink()
+            with suppress(OSError):  # without its data the log says nothing
+                self._log.unlink(missing_ok=True)
+        return found
+
+    def _check_latest(self) -> None:
+        if _LATEST.get(self._data, self) is not self:
+            raise Unavailable(f"{self.blob.xfer} was begun anew before it was verified")
 
     def _length(self, index: int) -> int:
         return min(chunk_length(self.blob, index), self.size - index * self.blob.chunk)
@@ -120,7 +199,9 @@ class Partial:
         header = _HEADER.pack(_MAGIC, bytes.fromhex(self.blob.sha256), self.blob.size, self.blob.chunk)
         log = self._log.read_bytes() if self._log.exists() else b""
         self._log_bytes = _HEADER.size
-        if log[: _HEADER.size] != header:
+        earlier = _LATEST.get(self._data)
+        _LATEST[self._data] = self
+        if log[: _HEADER.size] != header or (earlier and earlier.is_verifying):
             self._data.unlink(missing_ok=True)  # what was begun before may be just being verified: it is another file
             self._data.write_bytes(b"")
             self._log.write_bytes(header)
@@ -132,7 +213,7 @@ class Partial:
                 if index < len(self.have) and index not in self.have:
                     file.seek(index * self.blob.chunk)
                     piece = file.read(self._length(index))
-                    if len(piece) == self._length(index) and google_crc32c.value(piece) == crc:
+                    if len(piece) == self._length(index) and checksum(index, piece) == crc:
                         self.have.add(index)
 
 
@@ -145,6 +226,7 @@ class Spool:
     def __init__(self, blobs: Blobs, *, max_bytes: int = 64 * 2**30, reserve_bytes: int = 0) -> None:
         self.blobs = blobs
         self.max_bytes, self.reserve_bytes = max_bytes, reserve_bytes
+        self._opened: weakref.WeakKeyDictionary[Partial, None] = weakref.WeakKeyDictionary()
 
     def open(self, blob: Blob, *, size: int | None = None, owner: str = "self") -> Partial:
         """The partial file of `blob` (or of its first `size` bytes) from `owner`, resumed if there is one.
@@ -157,7 +239,7 @@ class Spool:
         partial_bytes = blob.size if size is None else size
         if partial_bytes > self.max_bytes:
             raise BadMessage(f"{blob.xfer} has {partial_bytes} bytes, at most {self.max_bytes} are accepted here")
-        partial = Partial(self.blobs, blob, size, owner, self.reserve_bytes)
+        partial = Partial(self.blobs, blob, size, owner, self.reserve_bytes, self._keep_open)
         missing_bytes = min(partial_bytes, (len(partial.have) - partial.have.count) * blob.chunk)
         free_bytes = shutil.disk_usage(self.blobs.folder).free
         if missing_bytes + self.reserve_bytes > free_bytes:
@@ -168,19 +250,34 @@ class Spool:
             )
         return partial
 
+    def _keep_open(self, partial: Partial) -> None:
+        """Of too many open ones, the one that was opened first is closed."""
+        self._opened.pop(partial, None)
+        self._opened[partial] = None
+        if len(self._opened) > MAX_OPEN:
+            first = next(iter(self._opened))
+            del self._opened[first]
+            first.close()
+
 
 def _records(log: bytes) -> Iterator[tuple[int, int]]:
     """The whole records of a log; a torn last one is not there."""
     yield from _RECORD.iter_unpack(log[: len(log) - len(log) % _RECORD.size])
 
 
-def _write_at(path: Path, data: bytes, offset: int) -> None:
-    """Write all of `data` at `offset` of an existing file, or raise OSError."""
+@contextmanager
+def _writing(path: Path) -> Iterator[int]:
+    """A descriptor to write to an existing file."""
     descriptor = os.open(path, os.O_WRONLY)
     try:
-        view = memoryview(data)
-        while view:
-            n = os.pwrite(descriptor, view, offset)
-            view, offset = view[n:], offset + n
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`, or raise OSError."""
+    view = memoryview(data)
+    while view:
+        n = os.pwrite(descriptor, view, offset)
+        view, offset = view[n:], offset + n

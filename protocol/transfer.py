@@ -19,8 +19,8 @@ flat and a lost chunk costs one new grant.
 Why identity is the content hash.  Neither a connection nor a process names a transfer, but what is in it.  Whoever restarts
 (agent, coordinator, broker) looks at what lies on its disk under that name and asks for the rest.
 
-What the pool keeps, per transfer: `wanted`, the chunks to ask for, and `out`, those asked for and not here.  A chunk in
-neither is here already.  From this follow the rules:
+What the pool keeps, per transfer (protocol/pulls.py): `wanted`, the chunks to ask for, and `out`, those asked for and not
+here.  A chunk in neither is here already.  From this follow the rules:
 
 - At most `window` chunks are out per peer, at most `budget_bytes` over all peers.  The budget, not the number of peers,
   bounds the broker's and our memory.  It is charged per chunk at the size of a full one.
@@ -32,7 +32,6 @@ neither is here already.  From this follow the rules:
 - A long link needs a longer window: it follows the link, between `window` and `max_window` (protocol/windows.py), and does not
   outgrow its peer's share of the budget.
 - A chunk that arrives after its timer is as good as any other: it is taken from `wanted` and never asked for again.
-- Patience follows the pace of the link (four mean gaps between chunks), so that a slow link is not asked for everything twice.
 - A new connection voids all credit (`reset`): what was under way at QoS 0 is gone.
 - A transfer may listen to a broadcast of its blob (protocol/broadcast.py).  Its credit then says so, and goes on ahead of
   what is heard; a chunk that was passed over is a gap, asked for when the rest is here.  A listener that is sent more than
@@ -46,7 +45,7 @@ up to the credit that it hands out, `tick` is O(log n) per timer; no call depend
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import msgspec
@@ -57,7 +56,8 @@ from protocol.errors import BadMessage
 from protocol.frames import chunk_length, n_prefix_chunks
 from protocol.messages import Blob, Grant
 from protocol.pacing import Pace
-from protocol.windows import Credit, Window
+from protocol.pulls import Pull, Sender
+from protocol.windows import Window
 
 MAX_WINDOW: Final = 256
 """Chunks in flight to one peer; so also the most that one grant may name."""
@@ -112,44 +112,6 @@ class Counts:
     n_given_up: int = 0
 
 
-@dataclass(slots=True, eq=False)
-class _Peer:
-    """One sender: its window, what it owes over all its transfers, and their turn."""
-
-    name: str
-    window: Window
-    n_out: int = 0
-    hungry: bool = False  # stands in the queue
-    turn: deque[_Transfer] = field(default_factory=deque)
-
-    def next(self) -> _Transfer | None:
-        """The first in turn that wants credit; it is brought to the front."""
-        for _ in range(len(self.turn)):
-            if self.turn[0].wanted.count:
-                return self.turn[0]
-            self.turn.rotate(-1)
-        return None
-
-
-@dataclass(slots=True, eq=False)
-class _Transfer:
-    """One blob from one peer: what to ask for, what is out, how patient to be."""
-
-    peer: _Peer
-    blob: Blob
-    size: int | None
-    wanted: Bitmap
-    listening: bool
-    moved_at: float  # last new chunk, or first credit
-    unit_bytes: int  # what a chunk is charged at
-    out: dict[int, Credit] = field(default_factory=dict)
-    from_index: int = 0  # where to ask on; at the end once more from the first that is wanted
-    front: int = 0  # behind the last chunk that the broadcast has come to
-    overrun_bytes: int = 0
-    tries: int = 0
-    pace_s: float = 0.0  # mean gap between chunks
-
-
 class Receiving:
     """All downloads into one receiver: for a coordinator many agents' uploads, for an agent one model from "coordinator".
 
@@ -178,10 +140,10 @@ class Receiving:
         self.pace = pace or Pace()
         self.out_bytes = 0
         self.counts = Counts()
-        self._peers: dict[str, _Peer] = {}
-        self._open: dict[tuple[str, str], _Transfer] = {}
-        self._hungry: deque[_Peer] = deque()
-        self._alarms: Alarms[_Transfer] = Alarms()
+        self._peers: dict[str, Sender] = {}
+        self._open: dict[tuple[str, str], Pull] = {}
+        self._hungry: deque[Sender] = deque()
+        self._alarms: Alarms[Pull] = Alarms()
         self._paced_until: float | None = None
 
     def open(
@@ -215,8 +177,8 @@ class Receiving:
         wanted = Bitmap(n, full=True) if have is None else have.inverted()
         if not wanted.count:
             return [Completed(peer, blob.xfer), *self._serve(now)]
-        source = self._peers.setdefault(peer, _Peer(peer, Window(self.window, self.max_window)))
-        transfer = _Transfer(source, blob, size, wanted, listening, now, min(blob.chunk, blob.size))
+        source = self._peers.setdefault(peer, Sender(peer, Window(self.window, self.max_window)))
+        transfer = Pull(source, blob, size, wanted, listening, now, min(blob.chunk, blob.size))
         self._open[peer, blob.xfer] = transfer
         source.turn.append(transfer)
         self._want(source)
@@ -249,7 +211,11 @@ class Receiving:
         source.window.arrived(credit, now, share)
         self.counts.n_chunks += 1
         self.counts.n_bytes += n_bytes
-        self._moved(transfer, now)
+        transfer.moved(now)
+        if transfer.out:
+            self._arm(transfer, now)
+        else:
+            self._alarms.cancel(transfer)
         if not transfer.out and not transfer.wanted.count:
             self._remove(transfer)
             return [*actions, Completed(peer, xfer), *self._serve(now)]
@@ -304,7 +270,7 @@ class Receiving:
 
     # ------------------------------------------------------------------------------------------------------- credit
 
-    def _want(self, peer: _Peer) -> None:
+    def _want(self, peer: Sender) -> None:
         """Queue a peer that has half of its window free: a smaller batch would not be worth a grant."""
         if not peer.hungry and 2 * peer.n_out <= peer.window.size:
             peer.hungry = True
@@ -331,19 +297,10 @@ class Receiving:
                 self._want(peer)
         return actions
 
-    def _grant(self, transfer: _Transfer, asked: int, now: float) -> SendGrant:
+    def _grant(self, transfer: Pull, asked: int, now: float) -> SendGrant:
         peer = transfer.peer
-        if not transfer.out:
-            transfer.moved_at = now
-        ranges = transfer.wanted.take(asked, transfer.from_index)
+        ranges = transfer.take(asked, peer.window.credit(now))
         n = sum(length for _, length in ranges)
-        if not n:
-            transfer.from_index = 0
-            return self._grant(transfer, asked, now)
-        credit = peer.window.credit(now)
-        for first, length in ranges:
-            transfer.out.update(dict.fromkeys(range(first, first + length), credit))
-            transfer.from_index = first + length
         peer.n_out += n
         self.out_bytes += n * transfer.unit_bytes
         peer.turn.rotate(-1)
@@ -353,21 +310,16 @@ class Receiving:
         until = len(transfer.wanted) if transfer.listening else 0
         return SendGrant(peer.name, Grant(xfer=transfer.blob.xfer, ranges=ranges, until=until))
 
-    def _heard(self, transfer: _Transfer, index: int) -> list[Action]:
+    def _heard(self, transfer: Pull, index: int) -> list[Action]:
         """The broadcast has come to `index`: what it passed over is a gap, and credit goes on behind it."""
         if index < transfer.front:
             return []
-        in_order = index == transfer.front
-        passed = [] if in_order else [out for out in transfer.out if transfer.front <= out < index]
-        for gap in passed:
-            del transfer.out[gap]
-            transfer.wanted.add(gap)
-        transfer.peer.n_out -= len(passed)
-        self.out_bytes -= len(passed) * transfer.unit_bytes
-        self.counts.n_voided += len(passed)
+        n_passed = transfer.passed_over(index)
+        transfer.peer.n_out -= n_passed
+        self.out_bytes -= n_passed * transfer.unit_bytes
+        self.counts.n_voided += n_passed
         if not transfer.out:
             self._alarms.cancel(transfer)
-        transfer.front = index + 1
         if index in transfer.out:
             transfer.overrun_bytes = 0
             return []
@@ -375,27 +327,24 @@ class Receiving:
         transfer.overrun_bytes += transfer.unit_bytes
         return self._stop_listening(transfer) if transfer.overrun_bytes > self.budget_bytes else []
 
-    def _stop_listening(self, transfer: _Transfer) -> list[Action]:
+    def _stop_listening(self, transfer: Pull) -> list[Action]:
         transfer.listening = False
         transfer.from_index = 0
         return [StopListening(transfer.peer.name, transfer.blob.xfer)]
 
-    def _void(self, transfer: _Transfer) -> None:
+    def _void(self, transfer: Pull) -> None:
         """Take back all credit of a transfer: what is out is wanted again."""
-        for index in transfer.out:
-            transfer.wanted.add(index)
-        if transfer.out:
-            transfer.from_index = min(transfer.from_index, *transfer.out)
+        transfer.want_again()
         self.counts.n_voided += len(transfer.out)
         self._release(transfer)
 
-    def _release(self, transfer: _Transfer) -> None:
+    def _release(self, transfer: Pull) -> None:
         transfer.peer.n_out -= len(transfer.out)
         self.out_bytes -= len(transfer.out) * transfer.unit_bytes
         transfer.out.clear()
         self._alarms.cancel(transfer)
 
-    def _remove(self, transfer: _Transfer) -> None:
+    def _remove(self, transfer: Pull) -> None:
         self._release(transfer)
         peer = transfer.peer
         del self._open[peer.name, transfer.blob.xfer]
@@ -409,21 +358,10 @@ class Receiving:
 
     # --------------------------------------------------------------------------------------------------------- time
 
-    def _moved(self, transfer: _Transfer, now: float) -> None:
-        gap_s = now - transfer.moved_at
-        transfer.pace_s += (gap_s - transfer.pace_s) / (8 if transfer.pace_s else 1)
-        transfer.moved_at = now
-        transfer.tries = 0
-        if transfer.out:
-            self._arm(transfer, now)
-        else:
-            self._alarms.cancel(transfer)
+    def _arm(self, transfer: Pull, now: float) -> None:
+        self._alarms.set(transfer, now + transfer.patience_s(self.timeout_s, self.max_timeout_s))
 
-    def _arm(self, transfer: _Transfer, now: float) -> None:
-        patience_s = max(self.timeout_s, 4 * transfer.pace_s) * 2**transfer.tries
-        self._alarms.set(transfer, now + min(patience_s, self.max_timeout_s))
-
-    def _expire(self, transfer: _Transfer) -> list[Action]:
+    def _expire(self, transfer: Pull) -> list[Action]:
         peer = transfer.peer
         transfer.tries += 1
         peer.window.silent()

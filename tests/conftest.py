@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from coordinator import web
 from coordinator.access import read_token
@@ -33,6 +34,8 @@ from protocol.topics import UpLeaf
 from protocol.updates import write_update
 
 START_S = 30.0
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 class BrokerProcess:

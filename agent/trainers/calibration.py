@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 import torch
 
-from agent.batches import Batch, endless, token_losses
+from agent.batches import Batch, endless, summed_loss
 from agent.child import Stepped
 from agent.data import Example, split
 from agent.data.split import Split
@@ -305,7 +305,7 @@ class _Calibration:
         for batch in islice(self._batches(base, 1), 2):
             began = time.monotonic()
             with torch.no_grad():
-                token_losses(base.model, batch)[0].item()
+                summed_loss(base.model, batch).item()
             least = min(least, time.monotonic() - began)
             if least > 1.0:
                 break

@@ -29,7 +29,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 
-from agent.batches import Batch, token_losses
+from agent.batches import Batch, summed_loss
 from agent.child import Stepped
 from agent.loading import Loaded, matrices
 from agent.trainers import TrainingFailed
@@ -101,7 +101,7 @@ class _Probe:
 
     def backward(self, batch: Batch, share: float = 1.0) -> Stepped:
         """Add `share` of the gradient of the batch's mean loss per token."""
-        loss, _ = token_losses(self.model, batch)
+        loss = summed_loss(self.model, batch)
         mean = loss / max(1, batch.n_targets)
         torch.autograd.backward(mean * share)
         if not math.isfinite(value := mean.item()):

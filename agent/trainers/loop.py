@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from agent.batches import Batch, token_losses
+from agent.batches import Batch, summed_loss
 from agent.checkpoints import ORIGIN, Point
 from agent.child import Stepped
 from agent.trainers import TrainingFailed
@@ -117,7 +117,7 @@ def fit(
             if len(batch.ids) > micro_batch.n_rows:
                 batch, rest = batch.split(micro_batch.n_rows)
                 micro_batches.appendleft(rest)
-            loss, _ = token_losses(model, batch)
+            loss = summed_loss(model, batch)
             after_forward()
             torch.autograd.backward(loss / planned)
             total += loss.item()  # waits for the device: a stop never finds more than one micro-batch in flight

@@ -16,7 +16,7 @@ Large products are of float32, small matrices float64.  An update is divided by 
 square leaves float32's range.  The random block follows from the matrix's name; terms are taken in the order given: the same
 terms give the same bits.
 
-Cost: 2 (d_in + d_out) R l flops for each of at most 2 MAX_BLOCKS products, R columns in all, l = 1.5 r.  Memory: `HELD_BYTES` of
+Cost: 2 (d_in + d_out) R l flops for each of at most 2 MAX_BLOCKS products, R columns in all, l = r.  Memory: `HELD_BYTES` of
 decoded factors, and the blocks; what does not fit is read again for each product, so it does not grow with the fleet.
 """
 
@@ -34,7 +34,7 @@ from protocol.tensors import F32
 
 TOLERANCE: Final = 1e-3
 """Error of the components that are kept, relative to their norm."""
-MAX_BLOCKS: Final = 5
+MAX_BLOCKS: Final = 8
 HELD_BYTES: Final = 160 * 2**20
 _CHUNK_COLUMNS: Final = 512
 _PROBES: Final = 8
@@ -70,7 +70,7 @@ def fits(rank: int, shape: tuple[int, int]) -> bool:
 
 def block_width(rank: int) -> int:
     """Columns of a block for `rank` components."""
-    return rank + max(rank // 2, 8)
+    return max(rank, 8)
 
 
 def leading(name: str, terms: Sequence[Term], rank: int) -> Leading:
@@ -128,17 +128,11 @@ class _Stack:
 
     def from_right(self, x: F32) -> F32:
         """M x for x (d_in, l), in units."""
-        return self._sum((b.T @ (scale * (a @ x)) for scale, b, a in self._chunks()))
+        return _total(b.T @ (scale * (a @ x)) for scale, b, a in self._chunks())
 
     def from_left(self, x: F32) -> F32:
         """M^T x for x (d_out, l), in units."""
-        return self._sum((a.T @ (scale * (b @ x)) for scale, b, a in self._chunks()))
-
-    def _sum(self, products: Iterator[F32]) -> F32:
-        total = next(products)
-        for product in products:
-            total += product
-        return total
+        return _total(a.T @ (scale * (b @ x)) for scale, b, a in self._chunks())
 
     def _chunks(self) -> Iterator[tuple[F32, F32, F32]]:
         for part in self._parts:
@@ -171,6 +165,13 @@ def _parts(terms: Sequence[Term]) -> Iterator[range]:
     yield range(start, len(terms))
 
 
+def _total(products: Iterator[F32]) -> F32:
+    total = next(products)
+    for product in products:
+        total += product
+    return total
+
+
 def _orth(x: F32) -> F32:
     """Orthonormal columns that span those of x."""
     found: F32 = np.linalg.qr(x)[0]
@@ -180,7 +181,7 @@ def _orth(x: F32) -> F32:
 def _even(y: F32) -> F32:
     """Columns that span those of y and are about orthonormal: a power of M is then not taken of its largest alone."""
     squares, vectors = np.linalg.eigh((y.T @ y).astype(np.float64))
-    floor = max(squares[-1] * _EPS, np.finfo(np.float64).tiny)
+    floor = max(squares[-1] * _EPS, 1e-30)
     return np.asarray(y @ (vectors / np.sqrt(np.maximum(squares, floor))).astype(np.float32))
 
 

@@ -23,7 +23,7 @@ the leading components come from products with thin blocks alone (coordinator/ag
 the columns, to an error below 1e-3.  Where the matrix is too small for such blocks, the stack is cut to half of `STACK_WIDTH`
 whenever it grows wider than that: exact where the sum has lower rank than that.
 
-Two matrices are done at a time.  The order of the terms is by (round, agent), whatever order they arrived in, and no number
+Two large matrices are done at a time.  The order of the terms is by (round, agent), whatever order they arrived in, and no number
 depends on what else runs, so the result has the same bits.
 
 What truncation drops is reported per matrix.  Cost per matrix: O((d_out + d_in) R^2 + R^3) with R the sum of the ranks where it
@@ -51,6 +51,8 @@ from protocol.errors import BadUpdate
 EXACT_WIDTH: Final = 256
 STACK_WIDTH: Final = 1024
 _N_WORKERS: Final = min(2, os.cpu_count() or 1)
+_LARGE_VALUES: Final = 2**19
+"""In one stack; below, the interpreter's lock costs more than a second thread brings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ def sum_of_products(
         terms = _terms(name, model if kept else {}, ordered, (kept, server_lr))
         return _leading(name, terms, max_rank, stack_width)
 
-    workers = ThreadPoolExecutor(_N_WORKERS)
+    workers = ThreadPoolExecutor(_N_WORKERS if _is_large(ordered) else 1)
     try:
         for name, found in zip(names, workers.map(work, names), strict=True):
             adapter[name], dropped_ratio[name] = found.factors, found.dropped_ratio
@@ -105,6 +107,15 @@ def sum_of_products(
         workers.shutdown(cancel_futures=True)
     left = {name: factors for name, factors in adapter.items() if factors.rank}
     return Aggregate(left, dropped_ratio, {key: math.sqrt(square) for key, square in squared_norms.items()})
+
+
+def _is_large(ordered: Sequence[Weighted]) -> bool:
+    """Whether threads have more to compute than to wait for each other, by the first update's widest matrix."""
+    ranks = ordered[0].update.ranks if ordered else {}
+    if not ranks:
+        return False
+    name = max(ranks, key=ranks.__getitem__)
+    return ranks[name] * sum(ordered[0].update.factors(name).shape) * len(ordered) >= _LARGE_VALUES
 
 
 def check_range(name: str, factors: Factors, squared_norms: Mapping[tuple[int, str], float]) -> None:

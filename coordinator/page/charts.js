@@ -38,6 +38,21 @@ export function heldOut(evaluations) {
     .sort((a, b) => a.x - b.x);
 }
 
+// The same of those agents alone that measured both the first version and the last: else a mean moves because somebody came
+// or went.  Where there is no such agent: what was measured of the last.
+export function comparable(evaluations) {
+  const versions = Object.keys(evaluations)
+    .map(Number)
+    .sort((a, b) => a - b);
+  if (!versions.length) return {};
+  const [first, last] = [evaluations[versions[0]], evaluations[versions.at(-1)]];
+  const both = ([agent]) => agent in first && agent in last;
+  if (!Object.entries(last).some(both)) return { [versions.at(-1)]: last };
+  return Object.fromEntries(
+    versions.map((version) => [version, Object.fromEntries(Object.entries(evaluations[version]).filter(both))]),
+  );
+}
+
 // Training loss of each round that gave a version, at the version that it gave.
 export const trained = (rounds) =>
   rounds

@@ -110,6 +110,7 @@ export function versionsTable(view) {
         id: "version",
         name: "Version",
         value: (v) => v.version,
+        kind: "loose",
         cell: (v) => (v.of ? `${v.version}, which is ${v.of}` : String(v.version)),
       },
       {
@@ -128,9 +129,9 @@ export function versionsTable(view) {
         rare: true,
         cell: (v) => text.size(v.size_bytes),
       },
-      { id: "at", name: "Made", value: (v) => v.at, kind: "number", rare: true, cell: (v) => text.moment(v.at) },
+      { id: "at", name: "Made", value: (v) => v.at, kind: "loose", rare: true, cell: (v) => text.moment(v.at) },
       { id: "get", name: "Adapter", cell: (v) => download(view.name, v.version) },
-      { id: "back", name: "Rollback", rare: true, cell: (v) => wayBack(view, v) },
+      { id: "back", name: "Rollback", cell: (v) => h("span", { class: "words" }, wayBack(view, v)) },
     ],
   });
 }

@@ -1,6 +1,6 @@
 // One job: where it stands, how well it does, who does what, what it cost, what went wrong.
 
-import { heldOut, lossChart, trained } from "./charts.js";
+import { comparable, heldOut, lossChart, trained } from "./charts.js";
 import { h } from "./dom.js";
 import { eventLines } from "./events.js";
 import { faults, roundsTable, versionsTable } from "./history.js";
@@ -44,7 +44,7 @@ export function jobPage({ fleet, job, log }, now, name) {
     section("rounds", "Rounds", roundsTable(view, rounds, evaluations)),
     h(
       "div",
-      { class: "pair" },
+      { class: "pair wider-first" },
       section("versions", "Versions", versionsTable(view)),
       section("faults", "What went wrong", faults(view, rounds)),
     ),
@@ -79,7 +79,7 @@ function head(view) {
 }
 
 function summary(view, evaluations, now) {
-  const held = heldOut(evaluations);
+  const held = heldOut(comparable(evaluations));
   const [first, last] = [held[0], held.at(-1)];
   const { cost } = view;
   const out = Object.values(view.members).filter((member) => member.excluded).length;
@@ -94,7 +94,7 @@ function summary(view, evaluations, now) {
     figure(
       "Held-out loss",
       last ? text.loss(last.mean) : text.NONE,
-      last && held.length > 1 ? `from ${text.loss(first.mean)}` : null,
+      last && held.length > 1 ? `from ${text.loss(first.mean)} on ${text.some(last.n, "agent")}` : null,
     ),
     figure(
       "Agents",

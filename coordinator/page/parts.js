@@ -111,7 +111,7 @@ export function look(id, initial) {
   return looks.get(id);
 }
 
-// A column is {id, name, value(row) for the order, cell(row), kind: "number" or undefined, rare: not shown on a phone}.
+// A column is {id, name, value(row) for the order, cell(row), kind: "number", "long", "loose" or undefined, rare: not shown on a phone}.
 export function table({ id, label, columns, rows, keyOf, size = 100, initial }) {
   const way = look(id, initial);
   const ordered = sorted(

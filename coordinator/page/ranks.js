@@ -162,8 +162,15 @@ function columns(way) {
 }
 
 export function planPart(job) {
-  const { plan, noPlan, name } = job;
-  if (!plan) return empty(noPlan || "Reading the plan…");
+  const { plan, name, view } = job;
+  if (!plan)
+    return empty(
+      view.has_plan
+        ? "Reading the plan…"
+        : view.ended_at
+          ? "The job ended before it had a plan."
+          : "There is no plan yet: it is made when enough agents have answered the survey.",
+    );
   const way = look(`plan ${name}`, { agent: FLEET });
   if (!(way.agent in plan.agents)) way.agent = FLEET;
   const agents = Object.entries(plan.agents);

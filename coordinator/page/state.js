@@ -21,7 +21,7 @@ export const state = {
   log: [],
   enrolments: null,
   noEnrolments: "", // why there are none: this coordinator has no authority
-  job: null, // the one that is looked at: {name, view, rounds, evaluations, plan, noPlan, missing}
+  job: null, // the one that is looked at: {name, view, rounds, evaluations, plan, missing}
 };
 
 let changed = () => {};
@@ -123,28 +123,20 @@ const job = new Reading(async () => {
     told.missing = "";
     told.view = view;
     const wanted = `${view.round}.${view.attempt}.${view.phase}`;
-    if (told.planAsOf !== wanted) await readPlan(told, wanted);
+    if (view.has_plan && told.planAsOf !== wanted) {
+      told.plan = await link.ask(`jobs/${encodeURIComponent(told.name)}/plan`);
+      told.planAsOf = wanted;
+    }
   } catch (error) {
     if (!(error instanceof link.Refused) || error.status !== 404) throw error;
     told.missing = error.message;
   }
 });
 
-async function readPlan(told, wanted) {
-  try {
-    told.plan = await link.ask(`jobs/${encodeURIComponent(told.name)}/plan`);
-    told.noPlan = "";
-  } catch (error) {
-    if (!(error instanceof link.Refused) || error.status !== 404) throw error;
-    told.noPlan = error.message;
-  }
-  told.planAsOf = wanted;
-}
-
 export function lookAt(name) {
   if (state.job?.name === name) return;
   state.job =
-    name === null ? null : { name, view: null, rounds: [], evaluations: {}, plan: null, noPlan: "", missing: "" };
+    name === null ? null : { name, view: null, rounds: [], evaluations: {}, plan: null, missing: "" };
   job.next = 0;
   if (name !== null) job.want();
 }

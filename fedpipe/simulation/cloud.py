@@ -89,6 +89,8 @@ class Cloud:
         self._inbound = Inbound(self)
         self._served: set[str] = set()
         self._slow: set[str] = set()
+        self._settling: set[str] = set()
+        """Of these the end waits in the inbox."""
         self._folding: dict[str, act.Aggregate] = {}
         self._doubted: dict[str, int] = {}
         self._intake = intake.Intake(TOPICS, MAX_AGENTS, lambda: self.fleet.state.agents)
@@ -140,6 +142,7 @@ class Cloud:
 
     def _take(self) -> None:
         batch, self._inbox = self._inbox, []
+        settled, self._settling = self._settling, set()
         if self._dies("before the commit"):
             return
         now, first = self.clock(), self.disk.n_rows + 1
@@ -158,6 +161,7 @@ class Cloud:
             if isinstance(event, ev.AgentLeft | ev.AgentJoined):
                 self.doubt(event.agent)
             wishes += found
+        self._slow -= settled
         if self._dies("after handling"):
             return
         self.disk.records |= {_record(wish) for wish in wishes if isinstance(wish, act.Record)}
@@ -247,7 +251,7 @@ class Cloud:
             self.clockwork.after(delay_s, self.life, self._ended, name, end)
 
     def _ended(self, name: str, end: Callable[[], None]) -> None:
-        self._slow.discard(name)
+        self._settling.add(name)
         end()
 
     def _plan(self, wish: act.MakePlan) -> None:

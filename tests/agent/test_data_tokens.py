@@ -28,7 +28,7 @@ def chat_tokenizer(tokenizer: Any) -> Any:
 
 
 @given(prompt=WORDS, completion=WORDS, max_tokens=st.integers(8, 64))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_only_the_completion_is_learnt(tokenizer: Any, prompt: str, completion: str, max_tokens: int) -> None:
     before, after = tokenizer(prompt)["input_ids"], [*tokenizer(completion)["input_ids"], tokenizer.eos_token_id]
     ids, labels = encode(Example(b"", prompt, completion), tokenizer, max_tokens)

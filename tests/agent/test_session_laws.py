@@ -362,4 +362,4 @@ class World(RuleBasedStateMachine):
 
 
 def test_laws() -> None:
-    run_state_machine_as_test(World, settings=settings(max_examples=200, stateful_step_count=40, deadline=None))
+    run_state_machine_as_test(World, settings=settings(max_examples=200, stateful_step_count=40))

@@ -8,6 +8,7 @@ import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import httpx
@@ -61,7 +62,7 @@ def cells(page: Page, label: str) -> list[list[str]]:
 
 def figure(page: Page, name: str) -> str:
     """One of the figures at the top, with what stands behind it."""
-    return page.locator(".figure", has_text=name).first.locator("dd").inner_text()
+    return page.locator(f".figure:has(dt:text-is('{name}')) dd").inner_text()
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
@@ -73,9 +74,12 @@ def test_the_numbers_on_the_page_are_those_of_the_api(busy: Served, open_page: O
     fleet = httpx.get(f"{url}/v1/fleet", trust_env=False).json()
     page = open_page(f"{url}/#/jobs/support-answers")
     page.get_by_role("group", name="Plan of each agent").wait_for()
-    measured = {int(v): [e["loss"] for e in by.values()] for v, by in view["evaluations"].items()}
-    means = {v: sum(losses) / len(losses) for v, losses in measured.items()}
-    assert figure(page, "Held-out loss").split("\n") == [loss_text(means[4]), f"from {loss_text(means[0])}"]
+    losses = {int(v): {a: e["loss"] for a, e in by.items()} for v, by in view["evaluations"].items()}
+    means = {v: fmean(by.values()) for v, by in losses.items()}
+    both = losses[0].keys() & losses[4].keys()
+    assert 0 < len(both) < len(losses[0]), "one has not measured yet"
+    first, last = (loss_text(fmean(losses[v][agent] for agent in both)) for v in (0, 4))
+    assert figure(page, "Held-out loss").split("\n") == [last, f"from {first} on {len(both)} agents"]
     cost = view["cost"]
     assert size_text(cost["bytes_up"]) in figure(page, "Moved")
     assert (cost["n_failed"], cost["n_shares"]) == (1, 24)
@@ -166,12 +170,15 @@ def test_an_adapter_is_downloaded(busy: Served, open_page: Opener) -> None:
 
 def test_a_job_runs_through_before_the_readers_eyes(served: Served, open_page: Opener) -> None:
     page = open_page(f"{served.url}/#/jobs")
+    refused: list[str] = []
+    page.on("response", lambda answer: refused.append(answer.url) if answer.status >= 400 else None)
     expect(page.get_by_text("fedpipe submit job.toml")).to_be_visible()
     submit(served)
     page.get_by_role("link", name="j", exact=True).click()
     expect(page.locator(".head .chip")).to_contain_text("waiting")
     expect(page.locator(".head .soft")).to_have_text("round 1 of 2")
     expect(page.locator("#current")).to_contain_text("No agent is in the job yet")
+    expect(page.locator("#plan")).to_contain_text("There is no plan yet")
     served.join("a", "b")
     served.survey("a", "b")
     expect(page.locator("#current h2")).to_have_text("Round 1 now")
@@ -186,10 +193,12 @@ def test_a_job_runs_through_before_the_readers_eyes(served: Served, open_page: O
     served.run_round("a", "b", loss=2.0)
     served.finish("a", "b", loss=1.0)
     expect(page.locator(".head .chip")).to_contain_text("completed")
-    assert figure(page, "Held-out loss").split("\n") == ["1.000", "from 3.000"]
+    assert figure(page, "Held-out loss").split("\n") == ["1.000", "from 3.000 on 2 agents"]
     expect(page.get_by_role("button", name="Cancel the job")).to_have_count(0)
     expect(page.locator("#log li")).not_to_have_count(0)
     assert "round closed" in page.locator("#log").inner_text()
+    expect(page.get_by_role("group", name="Plan of each agent")).to_be_visible()
+    assert [url for url in refused if not url.endswith("/enrolments")] == [], "asked for what is not there yet"
     assert page.evaluate("performance.getEntriesByType('navigation').length") == 1
 
 
@@ -262,6 +271,11 @@ def test_a_job_is_paused_stopped_resumed_and_taken_back(served: Served, open_pag
     dialog.get_by_label("Reason").fill("worse")
     dialog.get_by_role("button", name="Go back").click()
     expect(page.locator("#versions tbody tr").first).to_contain_text("3, which is 1")
+    table = page.get_by_role("group", name="Versions", exact=True)
+    for width in (1280, 1100, 390):
+        page.set_viewport_size({"width": width, "height": 800})
+        page.get_by_role("button", name="Go back to version 2").wait_for()
+        assert table.evaluate("box => box.scrollWidth <= box.clientWidth"), f"cut off at {width}"
     assert [(r.of, r.by, r.reason) for r in served.job().rollbacks] == [(1, "local", "worse")]
 
 

@@ -159,7 +159,7 @@ def test_it_does_without_dimensions() -> None:
 OPTIONS = (0, 1, 8, 64)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     chosen=st.lists(st.integers(0, len(OPTIONS) - 1), min_size=len(NAMES), max_size=len(NAMES)),
     tokens=st.floats(1, 5000),

@@ -73,7 +73,7 @@ def limited(problem: Problem, memory: float, time: float) -> Problem:
 
 
 @given(seeds, st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_brute_force_agrees(seed: int, free: bool) -> None:
     problem = small(seed, free=free)
     best = best_of_all(problem)
@@ -93,7 +93,7 @@ def test_brute_force_agrees(seed: int, free: bool) -> None:
 
 
 @given(seeds)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_highs_agrees_with_brute_force(seed: int) -> None:
     problem = small(seed, free=False)
     best = best_of_all(problem)
@@ -107,7 +107,7 @@ def test_highs_agrees_with_brute_force(seed: int) -> None:
 
 
 @given(seeds)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_bound_is_that_of_the_linear_relaxation(seed: int) -> None:
     problem = realistic(seed)
     n_matrices, n_options = problem.value.shape
@@ -123,7 +123,7 @@ def test_the_bound_is_that_of_the_linear_relaxation(seed: int) -> None:
 
 
 @given(seeds)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_forty_matrices_are_within_the_gap_of_the_best(seed: int) -> None:
     problem = realistic(seed)
     found, best = solved(solve(problem)), solved(exact(problem, time_limit_s=20))
@@ -145,7 +145,7 @@ def test_what_enumeration_cannot_finish_goes_to_highs() -> None:
 
 
 @given(seeds, st.floats(0, 2), st.floats(0, 2))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_more_of_a_limit_never_gives_less(seed: int, memory: float, time: float) -> None:
     problem = small(seed)
     more = limited(problem, problem.memory_limit + memory, problem.time_limit + time)
@@ -153,7 +153,7 @@ def test_more_of_a_limit_never_gives_less(seed: int, memory: float, time: float)
 
 
 @given(seeds)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_with_the_last_answer_as_a_start_more_never_gives_less_for_many_matrices(seed: int) -> None:
     problem = realistic(seed, share=(0.3, 0.3))
     value, options = 0.0, np.zeros(40, dtype=np.int64)
@@ -172,7 +172,7 @@ def test_a_start_that_does_not_fit_is_not_taken() -> None:
 
 
 @given(seeds)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_order_of_matrices_does_not_matter(seed: int) -> None:
     problem = small(seed)
     order = np.random.default_rng(seed).permutation(len(problem.value))
@@ -283,7 +283,7 @@ def test_a_fleet_is_solved_as_its_members_are_and_equal_ones_once() -> None:
 
 
 @given(seeds)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_each_prefix_of_a_path_is_the_best_for_its_cost(seed: int) -> None:
     problem = small(seed)
     weights = tuple(np.random.default_rng(seed).uniform(0.1, 1, 2))

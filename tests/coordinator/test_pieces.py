@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator import pieces
@@ -17,7 +17,6 @@ ONE = b"\xa8surveyed" + random.Random(1).randbytes(150_000)
 TWO = b"\xaacalibrated" + random.Random(2).randbytes(5_000)
 
 
-@settings(deadline=None)
 @given(st.lists(st.one_of(st.sampled_from([*pieces._BORDERS, ONE, TWO]), st.binary(max_size=6000)), max_size=12))
 def test_the_pieces_in_order_are_the_whole(parts: list[bytes]) -> None:
     data = b"".join(parts)

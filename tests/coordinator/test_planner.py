@@ -59,7 +59,7 @@ def with_member(question: Ask, agent: str, **fields: Any) -> Ask:
 # ------------------------------------------------------------------------------------------------------- what it holds
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     memory=st.floats(0.9, 24.0),
     tflops=st.floats(0.05, 50.0),
@@ -325,7 +325,7 @@ def test_unusable_measurements_mean_defaults_and_a_note() -> None:
     assert "small-1 takes part with defaults: scores have 8 bytes" in found.notes[0]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_no_measurements_an_agent_can_send_stop_the_plan_of_the_others(data: st.DataObject) -> None:
     question = ask(but(count=2))

@@ -192,7 +192,7 @@ def test_versions_are_written_once(store: Store) -> None:
     assert store.versions("k") == [version(1, job="k")]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(
         st.one_of(

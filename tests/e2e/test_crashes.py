@@ -31,7 +31,7 @@ from protocol.errors import BadConfig, Unavailable
 
 IS_LONG = os.environ.get("FEDPIPE_CRASHES") == "all"
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900 if IS_LONG else 300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800 if IS_LONG else 300)]
 
 N_ROUNDS = 3
 NOT_HERE = {"AgentRevoked"}

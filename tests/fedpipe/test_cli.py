@@ -58,6 +58,19 @@ def run(served: Served) -> Run:
     return fedpipe
 
 
+class Lines(io.StringIO):
+    """What is written, and whether anything was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = threading.Event()
+
+    def write(self, text: str, /) -> int:
+        n = super().write(text)
+        self.written.set()
+        return n
+
+
 def completed(served: Served, run: Run, job_file: Path) -> None:
     assert run("submit", job_file).exit_code == 0
     served.join("a")
@@ -122,6 +135,26 @@ def test_a_job_is_cancelled_and_whoever_watches_it_fails(served: Served, run: Ru
     assert run("watch", "j").exit_code == 1
     again = run("cancel", "j")
     assert (again.exit_code, again.stderr) == (78, "fedpipe: job 'j' has ended already: cancelled\n")
+
+
+def test_whoever_watches_a_paused_job_sees_who_paused_it_and_sees_it_to_its_end(
+    served: Served, run: Run, job_file: Path
+) -> None:
+    run("submit", job_file)
+    paused = run("pause", "j", "--reason", "heat")
+    assert paused.stdout == "j: paused before round 1 of 1, by local: heat\n"
+    assert "paused before round 1 of 1, by local: heat" in run("show", "j").stdout
+    lines = Lines()
+    with Coordinator(served.url) as coordinator:
+        watching = threading.Thread(target=watch, args=(coordinator, "j", Console(file=lines, width=100)))
+        watching.start()
+        assert lines.written.wait(30)
+        assert run("cancel", "j").stdout == "j: cancelled: cancelled by the operator\n"
+        watching.join(30)
+    assert lines.getvalue().splitlines() == [
+        "j: paused before round 1 of 1, by local: heat",
+        "j: cancelled: cancelled by the operator",
+    ]
 
 
 def test_the_live_picture_ends_with_the_job(served: Served, run: Run, job_file: Path) -> None:

@@ -14,13 +14,14 @@ from agent.data import DataConfig
 from coordinator.access import read_token
 from coordinator.config import CoordinatorConfig
 from coordinator.core.spec import JobSpec, Override
+from coordinator.cost import Price
 from coordinator.submission import read_job
 from protocol.bus import parse_url
 from protocol.daemon import load_toml
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 KINDS = {"coordinator": CoordinatorConfig, "agent": AgentConfig, "job": JobSpec}
-MAPS: dict[str, Any] = {"data": DataConfig, "agents": Override}
+MAPS: dict[tuple[str, ...], Any] = {("data",): DataConfig, ("agents",): Override, ("prices", "agents"): Price}
 """Tables that a user names, and what each holds."""
 
 
@@ -29,7 +30,7 @@ def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
     if isinstance(value, msgspec.Struct):
         for name in value.__struct_fields__:
             yield from leaves(getattr(value, name), (*path, name))
-    elif path and path[-1] in MAPS and isinstance(value, dict):
+    elif path in MAPS and isinstance(value, dict):
         for name, item in value.items():
             yield from leaves(item, (*path, name))
     else:
@@ -50,8 +51,8 @@ def written(path: Path) -> dict[tuple[str, ...], bool]:
 def keys(kind: type[msgspec.Struct], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """Every key that a file of this kind may hold; a table that a user names has the name "*"."""
     for field in msgspec.structs.fields(kind):
-        if field.name in MAPS and not path:
-            yield from keys(MAPS[field.name], (field.name, "*"))
+        if (*path, field.name) in MAPS:
+            yield from keys(MAPS[*path, field.name], (*path, field.name, "*"))
         elif isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
             yield from keys(field.type, (*path, field.name))
         else:
@@ -59,7 +60,12 @@ def keys(kind: type[msgspec.Struct], path: tuple[str, ...] = ()) -> Iterator[tup
 
 
 def starred(path: tuple[str, ...]) -> tuple[str, ...]:
-    return (path[0], "*", *path[2:]) if path[0] in MAPS and len(path) > 2 else path
+    n = next((len(table) for table in MAPS if path[: len(table)] == table), None)
+    return path if n is None or len(path) < n + 2 else (*path[:n], "*", *path[n + 1 :])
+
+
+def is_named(path: tuple[str, ...]) -> bool:
+    return "*" in starred(path)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -89,7 +95,7 @@ def test_what_is_not_marked_as_yours_is_the_default(name: str) -> None:
     required = {"agent": {"agent": "x"}, "job": {"job": {"name": "x"}, "model": {"source": "x"}}}.get(name, {})
     values = dict(leaves(load_toml(path, KINDS[name])))
     defaults = dict(leaves(msgspec.convert(required, KINDS[name])))
-    ours = {key for key, is_yours in written(path).items() if not is_yours and key[0] not in MAPS}
+    ours = {key for key, is_yours in written(path).items() if not is_yours and not is_named(key)}
     assert {key for key in values if key in defaults and values[key] != defaults[key]}.isdisjoint(ours)
-    yours = {key for key, is_yours in written(path).items() if is_yours and key[0] not in MAPS}
+    yours = {key for key, is_yours in written(path).items() if is_yours and not is_named(key)}
     assert [key for key in yours if values[key] == defaults[key]] == [], "marked as yours and yet the default"

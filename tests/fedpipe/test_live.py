@@ -132,6 +132,16 @@ def test_the_way_of_the_held_out_loss_is_shown() -> None:
     assert "held-out loss 5.500 → 4.500 █▁" in "\n".join(text(job()))
 
 
+def test_losses_are_compared_over_the_agents_that_have_both() -> None:
+    def at(version: int, **losses: float) -> dict[str, Evaluated]:
+        return {a: Evaluated(version=version, n_samples=1, n_tokens=1, loss=loss) for a, loss in losses.items()}
+
+    came_and_went = {0: at(0, anna=4.0, berta=6.0), 1: at(1, anna=3.5, clara=1.0), 2: at(2, anna=3.0, clara=1.0)}
+    assert "held-out loss 4.000 → 3.000 █▅▁" in "\n".join(text(job(evaluations=came_and_went)))
+    all_others = {0: at(0, anna=4.0), 1: at(1, clara=1.0)}
+    assert "held-out loss 1.000 " in "\n".join(text(job(evaluations=all_others)))
+
+
 def test_ended_rounds_with_failed_attempts() -> None:
     lines = text(job())
     first, failed, second = lines[lines.index(line(lines, "outcome")) + 1 :][:3]

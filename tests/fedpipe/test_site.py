@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import runpy
@@ -75,9 +76,20 @@ def test_the_pages_do_name_commands() -> None:
 
 def test_figures_that_the_pages_name_exist() -> None:
     source = "".join((ROOT / name / "metrics.py").read_text(encoding="utf-8") for name in ("agent", "coordinator"))
-    named = set(re.findall(r"\bfedpipe_\w+", (ROOT / "docs" / "howto" / "watch.md").read_text(encoding="utf-8")))
+    page = (ROOT / "docs" / "howto" / "watch.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\bfedpipe_\w+", page))
     assert len(named) > 10
     assert {name for name in named if f'"{name}"' not in source} == set()
+    labels = {name: set(given.split(",")) for name, given in re.findall(r"\b(fedpipe_\w+)\{(.*?)\}", page)}
+    assert len(labels) > 5
+    told = {}
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Call(ast.Name("gauge" | "counter" | "histogram"), [ast.Constant(name), _, _, *given]):
+                told[name] = {label.value for label in given if isinstance(label, ast.Constant)}
+            case _:
+                pass
+    assert labels == {name: told[name] for name in labels}
 
 
 def test_every_diagram_is_drawn_and_no_other_is_kept() -> None:

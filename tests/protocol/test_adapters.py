@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.adapters import F64, Factors, canonical, cut_energy, principal, truncate
@@ -22,7 +22,6 @@ def dense(f: Factors) -> F64:
 sizes = st.tuples(st.integers(1, 20), st.integers(1, 20), st.integers(0, 30), st.integers(0, 2**32))
 
 
-@settings(deadline=None)
 @given(sizes)
 def test_the_product_stays_and_the_factors_are_balanced_and_ordered(size: tuple[int, int, int, int]) -> None:
     d_out, d_in, rank, seed = size
@@ -37,7 +36,6 @@ def test_the_product_stays_and_the_factors_are_balanced_and_ordered(size: tuple[
     assert np.allclose(gram_b, np.diag(singular), atol=1e-5 * f.norm(), rtol=0)
 
 
-@settings(deadline=None)
 @given(sizes)
 def test_the_first_components_are_the_best_approximation(size: tuple[int, int, int, int]) -> None:
     d_out, d_in, rank, seed = size

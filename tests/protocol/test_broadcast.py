@@ -325,7 +325,7 @@ def worlds(draw: st.DrawFn) -> World:
     return World(random, blob, listeners, delay_s=random.choice([0.0, 0.001, 0.1]), checks=True)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(worlds())
 def test_all_have_what_they_want_whoever_is_late_slow_deaf_or_loses(world: World) -> None:
     world.run()

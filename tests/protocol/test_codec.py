@@ -70,7 +70,7 @@ def wrap(body: object, **changes: object) -> bytes:
 
 
 @pytest.mark.parametrize("kind", get_args(Body), ids=lambda kind: kind.__name__)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_every_message_survives_the_trip(kind: type, data: st.DataObject) -> None:
     body = data.draw(strategy(inspect.type_info(kind)))
@@ -80,7 +80,7 @@ def test_every_message_survives_the_trip(kind: type, data: st.DataObject) -> Non
     assert (envelope.v, envelope.ts, envelope.ses, envelope.seq) == (1, 12.5, SESSION, 3)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=400))
 def test_random_bytes_are_a_bad_message(payload: bytes) -> None:
     with pytest.raises(BadMessage):
@@ -99,7 +99,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(JSON, st.sampled_from(["v", "ts", "ses", "seq", "b"]))
 def test_any_value_in_any_field_is_accepted_or_a_bad_message(value: object, field: str) -> None:
     try:
@@ -109,7 +109,7 @@ def test_any_value_in_any_field_is_accepted_or_a_bad_message(value: object, fiel
     assert field in {"v", "ts", "seq"}, "only a number can have been acceptable"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_a_damaged_message_is_accepted_or_a_bad_message(data: st.DataObject) -> None:
     payload = bytearray(encode(Grant(xfer="0" * 32, ranges=[(0, 8), (12, 4)]), session=SESSION, seq=1, now=1.0))

@@ -8,6 +8,8 @@ from protocol.errors import BadMessage
 from protocol.frames import (
     MAX_DATA_BYTES,
     OVERHEAD_BYTES,
+    carried_checksum,
+    checksum,
     chunk_length,
     decode_frame,
     encode_frame,
@@ -24,6 +26,7 @@ def test_a_frame_comes_back_without_a_copy(index: int, data: bytes) -> None:
     found, view = decode_frame(frame)
     assert (found, bytes(view)) == (index, data)
     assert view.obj is frame
+    assert carried_checksum(frame) == checksum(index, data)
 
 
 @settings(max_examples=300)

@@ -91,7 +91,7 @@ def test_a_file_cut_inside_a_level_is_refused(path: Path) -> None:
         read_model(path, max_bytes=10**6)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_damage_is_a_bad_update_or_changes_values_only(path: Path, data: st.DataObject) -> None:
     write_model(path, make_adapter(), version=1, dtype="bf16")

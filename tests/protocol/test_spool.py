@@ -1,15 +1,17 @@
 """Partial files: resumed after anything, verified before use, honest when the disk is full."""
 
 import hashlib
+import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
+from typing import BinaryIO
 
 import pytest
 from hypothesis import given, settings
@@ -17,8 +19,9 @@ from hypothesis import strategies as st
 
 from protocol.blobs import Blobs
 from protocol.errors import BadMessage, IllegalMove, Unavailable
+from protocol.frames import carried_checksum, decode_frame, encode_frame
 from protocol.messages import Blob
-from protocol.spool import Partial, Spool
+from protocol.spool import MAX_OPEN, Partial, Spool
 
 CHUNK = 1024
 DATA = Random(7).randbytes(10 * CHUNK + 77)
@@ -88,7 +91,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert here(spool.open(BLOB)) == [2, 5, 9]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.data())
 def test_whatever_the_crash_left_only_true_chunks_are_resumed(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -268,3 +271,115 @@ def test_what_is_given_up_while_it_is_verified_does_not_become_another_file(
         assert here(partial) == []
         put(partial, *range(11))
         assert partial.finish().read_bytes() == DATA
+
+
+def test_a_larger_prefix_that_is_begun_while_the_smaller_is_verified_does_not_grow_it(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 3 * CHUNK
+    small, later = spool.open(BLOB, size=size), []
+    put(small, 0, 1, 2)
+    digest = hashlib.file_digest
+
+    def slowly(*given: object) -> object:
+        found = digest(*given)  # type: ignore[arg-type]
+        later.append(spool.open(BLOB))
+        put(later[0], 3, 4)
+        return found
+
+    wanted = hashlib.sha256(DATA[:size]).hexdigest()
+    with monkeypatch.context() as hashing:
+        hashing.setattr(hashlib, "file_digest", slowly)
+        with pytest.raises(Unavailable, match="begun anew"):
+            small.finish(wanted)
+    assert not spool.blobs.has(wanted)
+    put(later[0], *range(11))
+    assert later[0].finish().read_bytes() == DATA
+
+
+# -------------------------------------------------------------------------------------------------- descriptors and digests
+
+
+def n_open(spool: Spool) -> int:
+    """Descriptors of this process on unfinished files."""
+    paths = []
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # that of the listing itself
+            paths.append(link.readlink())
+    return sum(path.is_relative_to(spool.blobs.folder) for path in paths)
+
+
+def test_descriptors_are_bounded_and_let_go(spool: Spool) -> None:
+    partials = [spool.open(BLOB, owner=f"a{n}") for n in range(MAX_OPEN + 5)]
+    assert n_open(spool) == 0, "nothing is open before it is written"
+    for index in range(11):
+        for partial in partials:
+            put(partial, index)
+    assert n_open(spool) == MAX_OPEN
+    assert [partial.finish().read_bytes() for partial in partials[:3]] == [DATA] * 3, "closed and opened in between"
+    for partial in partials[3:20]:
+        partial.discard()
+    for partial in partials[20:40]:
+        partial.close()
+    del partial
+    partials.clear()
+    assert n_open(spool) == 0
+
+
+def test_a_wrong_digest_or_a_disk_that_refuses_keeps_nothing_open(spool: Spool) -> None:
+    partial = spool.open(BLOB)
+    put(partial, *range(10))
+    partial.write(10, bytes(77))
+    with pytest.raises(BadMessage):
+        partial.finish()
+    gone = spool.open(BLOB)
+    put(gone, *range(11))
+    files(spool)[".data"].unlink()
+    with pytest.raises(Unavailable):
+        gone.finish()
+    assert n_open(spool) == 0
+
+
+@pytest.mark.parametrize(
+    ("order", "n_read"),
+    [(range(11), 0), ([0, 1, 2, 3, 5, 4, 6, 7, 8, 9, 10], 6), (range(10, -1, -1), 10)],
+)
+def test_only_what_came_out_of_order_is_read_again(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch, order: list[int], n_read: int
+) -> None:
+    partial, digest, read_from = spool.open(BLOB), hashlib.file_digest, []
+
+    def watched(file: BinaryIO, *given: object) -> object:
+        read_from.append(file.tell())
+        return digest(file, *given)  # type: ignore[arg-type]
+
+    put(partial, *order)
+    monkeypatch.setattr(hashlib, "file_digest", watched)
+    assert partial.finish().read_bytes() == DATA
+    assert read_from == [len(DATA) if n_read == 0 else (11 - n_read) * CHUNK]
+
+
+def test_a_digest_does_not_speak_for_what_was_cut_off_since(spool: Spool) -> None:
+    partial = spool.open(BLOB)
+    put(partial, *range(11))
+    os.truncate(files(spool)[".data"], 3 * CHUNK)
+    with pytest.raises(BadMessage, match="ask again"):
+        partial.finish()
+    assert list(spool.blobs) == []
+
+
+def test_a_file_that_was_swept_takes_no_more_chunks(spool: Spool) -> None:
+    partial = spool.open(BLOB)
+    put(partial, 0, 1)
+    spool.blobs.sweep(older_than_s=-1)
+    with pytest.raises(Unavailable):
+        put(partial, 2)
+
+
+def test_the_checksum_of_a_frame_is_the_one_that_a_resume_trusts(spool: Spool) -> None:
+    partial = spool.open(BLOB)
+    for index in (0, 3, 10):
+        frame = encode_frame(index, piece(index))
+        partial.write(*decode_frame(frame), carried_checksum(frame))
+    partial.write(5, piece(5), 77)
+    assert here(spool.open(BLOB)) == [0, 3, 10], "what does not fit its checksum is asked for again"

@@ -175,7 +175,7 @@ def assert_all_is_here(world: World, transfers: Transfers) -> None:
     assert len(world.pool) == world.pool.out_bytes == 0
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(worlds(loss_ratio=0.4))
 def test_all_complete_and_only_lost_chunks_are_asked_for_again(
     case: tuple[World, Transfers],
@@ -187,7 +187,7 @@ def test_all_complete_and_only_lost_chunks_are_asked_for_again(
     assert world.n_again == 0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(worlds(loss_ratio=0.2), st.lists(st.floats(0, 60), max_size=4))
 def test_all_complete_although_the_bus_breaks(case: tuple[World, Transfers], breaks_at: list[float]) -> None:
     world, transfers = case
@@ -198,7 +198,7 @@ def test_all_complete_although_the_bus_breaks(case: tuple[World, Transfers], bre
     assert_all_is_here(world, transfers)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(worlds(loss_ratio=0.1), st.integers(0, 3))
 def test_a_peer_that_dies_is_given_up_and_the_others_complete(case: tuple[World, Transfers], dead: int) -> None:
     world, transfers = case

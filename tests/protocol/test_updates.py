@@ -252,7 +252,7 @@ def test_every_truncation_is_noticed(path: Path) -> None:
             read(path)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_damage_is_a_bad_update_or_changes_values_only(path: Path, data: st.DataObject) -> None:
     write(path, make_adapter())
@@ -269,7 +269,7 @@ def test_damage_is_a_bad_update_or_changes_values_only(path: Path, data: st.Data
     assert {name: update.factors(name).shape for name in update.ranks} == SHAPES
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200))
 def test_arbitrary_bytes_are_a_bad_update(path: Path, junk: bytes) -> None:
     path.write_bytes(junk)

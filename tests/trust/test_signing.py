@@ -71,7 +71,7 @@ def test_unsigned_unknown_and_short_messages_are_refused() -> None:
     assert not verifier().is_unknown(sealed(PLAN, plan()))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_no_changed_byte_passes(data: st.DataObject) -> None:
     said = bytearray(sealed(PLAN, plan()))
