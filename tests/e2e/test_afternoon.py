@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from coordinator.core.state import ENDED, Phase
 from coordinator.feed import AnyNews, ShareMoved
+from coordinator.past import comparable
 from coordinator.trust.authority import Authority
 from coordinator.views import JobView
 from fedpipe.client import Coordinator
@@ -308,7 +309,10 @@ def check_job(job: JobView) -> None:
     assert (lost.state, lost.reason) == ("FAILED", "revoked: stolen")
     for record in rounds[1:]:
         assert {agent: share.state for agent, share in record.shares.items()} == {FIRST: "DONE", THIRD: "DONE"}
-    before, after = job.evaluations[0], job.evaluations[job.version]
+    measured = comparable(
+        job.evaluations
+    )  # who was measuring when the coordinator died measured nothing of that version
+    before, after = measured[0], measured[job.version]
     assert fmean(before[a].loss - after[a].loss for a in after) > 0.02
 
 
@@ -343,7 +347,7 @@ async def who_did_what(here: Afternoon) -> None:
     assert coordinator['fedpipe_jobs_ended_total{phase="completed"}'] == 1
     assert coordinator['fedpipe_rounds_total{outcome="aggregated",purpose="train"}'] >= 1
     assert coordinator['fedpipe_agents{state="offline"}'] == coordinator["fedpipe_agents_barred"] == 1
-    assert agent["fedpipe_bus_connects_total"] >= 3, "at the start, with another certificate, to another broker"
+    assert agent["fedpipe_bus_connects_total"] >= 2, "at the start, and with another certificate"
     assert agent["fedpipe_training_step_seconds_count"] >= here.tuned["job.toml"]["train"]["n_steps"]
     assert agent['fedpipe_certificate_expiry_timestamp_seconds{certificate="agent"}'] > time.time()
 
