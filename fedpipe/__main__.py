@@ -15,7 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from coordinator.figures import plain
 from fedpipe import auditing, steering_commands, trust_commands
-from fedpipe.asking import DEFAULT_URL, JobName, Json, TokenFile, Url
+from fedpipe.asking import DEFAULT_URL, JobName, Json, TokenFile, Url, Version
 from fedpipe.asking import console as _console
 from fedpipe.asking import coordinator_at as _coordinator
 from fedpipe.asking import print_answer as _print
@@ -31,7 +31,7 @@ FAILED = 1
 
 
 GROUPS: Final = {
-    "Jobs": ("submit", "watch", "jobs", "show", "plan", "pause", "resume", "rollback", "cancel", "export"),
+    "Jobs": ("submit", "watch", "jobs", "show", "plan", "pause", "resume", "rollback", "cancel", "export", "merge"),
     "The fleet": ("agents", "token", "enrolments", "accept", "reject", "revoke", "audit"),
     "This machine": ("init", "enrol", "mosquitto-config", "doctor", "support-bundle", "version"),
     "Without a fleet": ("demo", "simulate", "broker"),
@@ -197,22 +197,36 @@ def _follow(coordinator: Coordinator, job: str, *, as_json: bool) -> None:
 @app.command()
 def export(
     job: JobName,
-    version: Annotated[int | None, typer.Option(min=0, help="Which version; without it the newest.")] = None,
+    version: Version = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to; without it ./JOB-vN.")] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Merge it into its full-precision base model.")] = False,
-    base: Annotated[Path | None, typer.Option(metavar="DIR", help="The base model's folder, for --merge.")] = None,
     url: Url = DEFAULT_URL,
     token_file: TokenFile = None,
     as_json: Json = False,
 ) -> None:
-    """Download an adapter as a PEFT folder, or the base model with the adapter merged into it."""
+    """Download an adapter as a PEFT folder."""
     from fedpipe.exporting import export_job
 
-    if merge != (base is not None):
-        raise BadConfig("merging needs the base model: give --merge and --base DIR together, or neither")
+    with _coordinator(url, token_file) as coordinator:
+        done = export_job(coordinator, job, version, out, None, quiet=as_json)
+    _print(done, f"version {done.version} of {job} is in {done.folder}", as_json=as_json)
+
+
+@app.command()
+def merge(
+    job: JobName,
+    base: Annotated[Path, typer.Option(metavar="DIR", help="The full-precision base model's folder.")],
+    version: Version = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to; without it ./JOB-vN-merged.")] = None,
+    url: Url = DEFAULT_URL,
+    token_file: TokenFile = None,
+    as_json: Json = False,
+) -> None:
+    """Write the base model with an adapter merged into its weights."""
+    from fedpipe.exporting import export_job
+
     with _coordinator(url, token_file) as coordinator:
         done = export_job(coordinator, job, version, out, base, quiet=as_json)
-    _print(done, f"version {done.version} of {job} is in {done.folder}", as_json=as_json)
+    _print(done, f"{base} with version {done.version} of {job} in it is in {done.folder}", as_json=as_json)
 
 
 # ------------------------------------------------------------------------------------------------------- on one machine

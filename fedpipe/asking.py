@@ -23,6 +23,7 @@ TokenFile = Annotated[
     typer.Option("--token-file", envvar="FEDPIPE_TOKEN_FILE", metavar="FILE", help="File with the API's token."),
 ]
 JobName = Annotated[str, typer.Argument(metavar="JOB", help="The job's name.")]
+Version = Annotated[int | None, typer.Option(min=0, help="Which version; without it the newest.")]
 Json = Annotated[bool, typer.Option("--json", help="For programs: JSON on stdout.")]
 
 

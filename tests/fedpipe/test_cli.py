@@ -240,13 +240,13 @@ def test_an_export_is_merged_into_its_base(served: Served, run: Run, job_file: P
     weights = {f"{m.name}.weight": np.ones((m.d_out, m.d_in), np.float32) for m in served.matrices}
     save_file(weights, base / "model.safetensors")
     (base / "config.json").write_text('{"model_type": "llama"}')
-    assert run("export", "j", "--merge", "--base", base, "--out", out).exit_code == 0
+    assert run("merge", "j", "--base", base, "--out", out).exit_code == 0
     merged = load_file(out / "model.safetensors")
     for name, factors in served.factors("a").items():
         np.testing.assert_allclose(merged[f"{name}.weight"], 1 + factors.b @ factors.a, rtol=1e-4, atol=1e-5)
     assert json.loads((out / "fedpipe.json").read_text())["job"] == "j"
-    alone = run("export", "j", "--merge")
-    assert (alone.exit_code, "--base" in alone.stderr) == (78, True)
+    alone = run("merge", "j")
+    assert (alone.exit_code, "--base" in alone.stderr) == (2, True)
 
 
 # -------------------------------------------------------------------------------------------------------------- faults
@@ -254,7 +254,16 @@ def test_an_export_is_merged_into_its_base(served: Served, run: Run, job_file: P
 
 @pytest.mark.parametrize(
     "command",
-    [["jobs"], ["agents"], ["show", "j"], ["watch", "j"], ["cancel", "j"], ["export", "j"], ["plan", "show", "j"]],
+    [
+        ["jobs"],
+        ["agents"],
+        ["show", "j"],
+        ["watch", "j"],
+        ["cancel", "j"],
+        ["export", "j"],
+        ["merge", "j", "--base", "b"],
+        ["plan", "show", "j"],
+    ],
 )
 def test_without_a_coordinator_every_command_says_what_to_do(run: Run, command: list[str]) -> None:
     result = run(*command, url=f"http://127.0.0.1:{free_port()}")
