@@ -4,7 +4,7 @@ g(p, q) = p + q + sum_k max_o (value - p memory - q time)[k, o], with limits of 
 the limits.  The line through a query that is normal to the slope has the minimum on its far side, so a polygon around the minimum is cut
 through its centroid again and again, which takes away at least 1/e of its area (Levin, 1965; Newman, 1965).  It starts as the
 triangle p + q <= g(0, 0), in which the minimum lies because g(p, q) >= p + q.  Where the polygon touches an axis and its centroid is
-near it, the query is put on the axis: a limit that does not bind has the price 0 and not a small one.
+near it, every other query is put on the axis: a limit that does not bind has the price 0 and not a small one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def best_prices(value: F32, memory: F32, time: F32) -> F64:
     polygon = np.tile(np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), (n, 1, 1))  # (n, P, 2)
     query = np.zeros((n, 2))
     live = np.arange(n)
-    for _ in range(N_CUTS):
+    for step in range(N_CUTS):
         g, slope = _dual(value, memory, time, query)
         better = g < lowest[live]
         prices[live[better]], lowest[live[better]] = query[better], g[better]
@@ -48,8 +48,9 @@ def best_prices(value: F32, memory: F32, time: F32) -> F64:
             value, memory, time = value[goes_on], memory[goes_on], time[goes_on]
         polygon = _cut(polygon, (lowest[live] - g)[:, None] - rise)
         query = _centroid(polygon)
-        near = (polygon.min(axis=1) <= 0) & (query < NEAR * query[:, ::-1])
-        query[near] = 0.0
+        if step % 2:  # not each time: where the minimum is off the axis after all, a query on it cuts nothing away
+            near = (polygon.min(axis=1) <= 0) & (query < NEAR * query[:, ::-1])
+            query[near] = 0.0
     return prices
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
@@ -106,6 +106,7 @@ def test_highs_agrees_with_brute_force(seed: int) -> None:
         assert bound >= best * (1 - 1e-6)
 
 
+@example(49821)  # a limit that binds a little: its price is near the axis, not on it
 @given(seeds)
 @settings(max_examples=25)
 def test_the_bound_is_that_of_the_linear_relaxation(seed: int) -> None:
