@@ -314,7 +314,7 @@ class Stage:
     async def kill(self) -> None:
         """As kill -9 would: no goodbye, no snapshot; what is in the journal is all there is."""
         self._running.cancel()
-        with suppress(asyncio.CancelledError):
+        with suppress(asyncio.CancelledError, BaseExceptionGroup):  # the latter: it has just died by itself
             await self._running
         await self.dead()
 
