@@ -314,14 +314,16 @@ class Stage:
     async def kill(self) -> None:
         """As kill -9 would: no goodbye, no snapshot; what is in the journal is all there is."""
         self._running.cancel()
-        with suppress(asyncio.CancelledError, BaseExceptionGroup):  # the latter: it has just died by itself
-            await self._running
         await self.dead()
 
     async def dead(self) -> None:
-        """It has died by itself."""
-        with suppress(asyncio.CancelledError, BaseExceptionGroup):
-            await self._running
+        """It is killed, or has died by itself; of anything else it may not die."""
+        try:
+            with suppress(asyncio.CancelledError):
+                await self._running
+        except BaseExceptionGroup as deaths:
+            if other := deaths.split(Died)[1]:
+                raise other from None
         self._end_threads()
         self.coordinator.store.close()
         self.broker.route(topics.coordinator_state(), b"", retain=True)
