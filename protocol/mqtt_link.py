@@ -259,7 +259,8 @@ class Link(aiomqtt.Client):
             self._lose(parting(reason_code.value, str(reason_code), self.address))
         else:
             self._lose(_broken(self, self._whisper.last or str(reason_code)))
-        super()._on_disconnect(client, userdata, flags, reason_code, properties)
+        if not self._connected.cancelled():  # open() was given up; aiomqtt would ask the cancelled future how it ended
+            super()._on_disconnect(client, userdata, flags, reason_code, properties)
 
     def _on_message(self, client: Paho, userdata: Any, message: MQTTMessage) -> None:
         try:
