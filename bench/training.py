@@ -163,7 +163,9 @@ class Plain:
     def steps(self) -> Generator[torch.Tensor]:
         """The loss of each step; reading it is left to who wants it."""
         training = self.training
-        optimizer = torch.optim.AdamW(self.parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+        optimizer = torch.optim.AdamW(
+            self.parameters, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
+        )
         self.model.train()
         for rows in self.batches:
             ids = pad_sequence([row for row, _ in rows], batch_first=True, padding_value=self.pad_id)

@@ -118,9 +118,8 @@ class Keeper:
                 weight = self._weights[int(index)]
                 if kind == "weight":
                     weight.copy_(value)
-                else:  # AdamW counts its steps on the CPU
-                    state = self.optimizer.state[weight]
-                    state[name] = value.clone() if name == "step" else value.to(weight.device, copy=True)
+                else:
+                    self.optimizer.state[weight][name] = value.to(weight.device, copy=True)
         self.sensitivity.restore(averages)
         restore(stored.header.rng, self._device)
         self._point, self._generators = stored.header.point, Generators.now(self._device)
