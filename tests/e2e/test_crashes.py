@@ -74,15 +74,24 @@ class Outcome(NamedTuple):
 
 async def outcome(fleet: Any, job: str = "e2e") -> Outcome:
     """Of a job that has ended, from its journal and its API."""
-    with contextlib.closing(sqlite3.connect(journal(fleet))) as db:
-        masters = db.execute("SELECT version, master FROM versions WHERE job = ? ORDER BY version", (job,)).fetchall()
-    assert [version for version, _ in masters] == list(range(1, len(masters) + 1))
     folded = [record for record in history(fleet, job) if record.outcome == "aggregated"]
     assert len({record.round for record in folded}) == len(folded), "a round was folded twice"
     samples = {r.round: {a: s.samples for a, s in r.shares.items() if s.state == "DONE"} for r in folded}
     view = await fleet.look(job)
     losses = {agent: found.loss for agent, found in view.evaluations.get(view.version, {}).items()}
-    return Outcome([master for _, master in masters], samples, losses)
+    return Outcome(masters_of(fleet, job), samples, losses)
+
+
+def masters_of(fleet: Any, job: str = "e2e") -> list[str]:
+    """The digest of every version's master, from the first on."""
+    with contextlib.closing(sqlite3.connect(journal(fleet))) as db:
+        rows = db.execute("SELECT version, master FROM versions WHERE job = ? ORDER BY version", (job,)).fetchall()
+    assert [version for version, _ in rows] == list(range(1, len(rows) + 1))
+    return [master for _, master in rows]
+
+
+def has_versions(fleet: Any, n: int) -> bool:
+    return len(masters_of(fleet)) >= n
 
 
 def history(fleet: Any, job: str = "e2e") -> list[RoundRecord]:
@@ -276,8 +285,10 @@ async def die_while_going_back(fleet: Any, undisturbed: Outcome) -> None:
             with contextlib.suppress(Unavailable, BadConfig), Coordinator(f"http://127.0.0.1:{fleet.port}") as client:
                 await asyncio.to_thread(client.roll_back, "e2e", 1, "the crash test")
         await fleet.until_it_is(lambda: not fleet.still_armed(), "the trap sprang")
-        masters = (await outcome(fleet)).masters
-        assert masters == undisturbed.masters + [undisturbed.masters[0]] * n
+        wanted = undisturbed.masters + [undisturbed.masters[0]] * n
+        # What is answered is in the journal; the table of versions follows it.
+        await fleet.until_it_is(partial(has_versions, fleet, len(wanted)), "the version is written down")
+        assert masters_of(fleet) == wanted
 
 
 async def ended_early(fleet: Any, name: str, **tables: dict[str, Any]) -> Any:
