@@ -6,8 +6,10 @@
 # make fuzz   a million hostile inputs for every target that reads foreign bytes (hours; quick: make fuzz ARGS='--runs 10000')
 # make docs       the pages as a site that can be read offline: dist/site/index.html
 # make package   a wheel and a Debian package into dist/; make test-install   that package on a clean Debian with systemd (root, minutes)
+# make test-store   a job by S3 beside a narrow broker, and the same one without: deaths, fallback, the same bits (minutes)
 # make bench-transfer   bulk over a real broker: rate, fairness, long links, one model to a hundred agents (minutes)
 # make bench-rounds   what a round costs beside its training; Flower and NVFlare for the same (half an hour; quick: make bench-rounds ARGS=--quick)
+# make bench-scale   1,000 live agents, 10,000 on the control plane, and how cost grows: figures, tables and plots (an hour; goes on where it was)
 # make bench-aggregation   the sum of 100 agents at the shape of Llama-7B: time, memory, error (ten minutes)
 # make bench-wire   bytes beside final loss for every type in which updates travel (a quarter of an hour)
 # make bench-training   what the agent adds to training: its trainer beside the same QLoRA loop on PEFT (an hour or more)
@@ -16,7 +18,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check bench-transfer bench-rounds bench-wire bench-training bench-aggregation bench-pipeline simulate fuzz chaos crashes docs clean
+.PHONY: setup demo test check bench-transfer bench-rounds bench-scale bench-wire bench-training bench-aggregation bench-pipeline simulate fuzz chaos crashes docs clean
 
 setup: $(STAMP)
 
@@ -38,6 +40,10 @@ check: setup
 test: setup mosquitto chromium check
 	scripts/test
 
+.PHONY: test-store
+test-store: setup mosquitto
+	FEDPIPE_STORE_TEST=1 OMP_NUM_THREADS=1 scripts/test tests/e2e/test_by_store.py
+
 .PHONY: mosquitto
 mosquitto:
 	@PATH="$$PATH:/usr/sbin" command -v mosquitto >/dev/null || scripts/apt-install mosquitto
@@ -51,6 +57,10 @@ bench-transfer: setup mosquitto
 
 bench-rounds: setup mosquitto
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m bench.rounds $(ARGS)
+
+bench-scale: setup mosquitto
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m bench.scale $(ARGS)
+	$(VENV)/bin/python scripts/draw_docs.py
 
 bench-pipeline: setup
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m bench.pipeline $(ARGS)

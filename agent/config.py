@@ -30,11 +30,12 @@ LIVE: Final = Live(
             "report_s",
             "checkpoint_s",
             "probe_bytes",
+            "probe_within_s",
             "power_w",
         ),
         "log_level",
     ),
-    but=("limits.max_global_rank", "limits.max_model_bytes", "limits.max_inflight_bytes"),
+    but=("limits.max_global_rank", "limits.max_model_bytes", "limits.max_inflight_bytes", "limits.http_hosts"),
 )
 """What a reload changes at once; a run that is under way goes on as it began."""
 Duration = Annotated[float, Meta(gt=0, le=10**8)]
@@ -67,6 +68,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Training is kept on disk this often, so that a restart goes on from there; 0 is never, also not at a stop."""
     probe_bytes: Annotated[int, Meta(ge=0, le=4 * 2**20)] = 256 * 1024
     """Sent once to measure the uplink while no update has gone over it yet, in one chunk at most; 0 is never."""
+    probe_within_s: Annotated[float, Meta(ge=0, le=10**6)] = 30.0
+    """At a random instant so soon after the connection: a fleet that comes back at once must not fill the broker's queue."""
     power_w: Annotated[float, Meta(ge=0, le=10**6)] = 0.0
     """What this server draws while it trains, for the cost of a job where nothing measures it; 0: not known."""
     metrics: str = ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 from collections import Counter
 from collections.abc import Coroutine
 from pathlib import Path
@@ -37,13 +38,14 @@ from protocol.daemon import Clock, OncePer, Timer, feed_watchdog, notify
 from protocol.errors import BadMessage
 from protocol.exchange import Exchange, Lost, Outcome, Pulled
 from protocol.health import Health
+from protocol.http_store import Carrier
 from protocol.messages import (
-    Blob,
     Body,
     Cancel,
     CoordinatorState,
     Done,
     Grant,
+    Placed,
     Plan,
     Presence,
     Rebirth,
@@ -98,6 +100,7 @@ class Agent:
             source=self.outbox.path,
             outcome=self._model_ended,
             pace=self.caps.up,
+            carrier=Carrier(config.limits.http_hosts),
         )
         self._inbox: asyncio.Queue[ev.Happened] = asyncio.Queue()
         self._timer = Timer(self.clock)
@@ -121,6 +124,7 @@ class Agent:
         self.refused: Counter[str] = Counter()
         """Messages that were refused, by kind."""
         self._probed_at = -PROBE_AGAIN_S
+        self._probing: asyncio.Task[None] | None = None
 
     # ------------------------------------------------------------------------------------------------------ lifecycle
 
@@ -148,7 +152,7 @@ class Agent:
             notify(READY="1", STATUS="waiting for the broker")
             await stop.wait()
             await self._wind_down()
-            for task in tasks:
+            for task in [*tasks, *filter(None, [self._probing])]:
                 task.cancel()
 
     async def _wind_down(self) -> None:
@@ -186,8 +190,8 @@ class Agent:
                 extra = {"action": "share", "job": message.job, "round": message.round, "state": str(message.state)}
                 logger.info("share moved", extra=extra | ({"reason": message.reason} if message.reason else {}))
                 notify(STATUS=f"{message.job} round {message.round}: {message.state}")
-            case act.FetchModel(blob=blob, size=size, sha256=sha256, listen=listen):
-                self._fetch_model(blob, size, sha256, listen=listen)
+            case act.FetchModel():
+                self._fetch_model(wish)
             case act.DropModel(blob=blob):
                 self.exchange.stop_pulling(COORDINATOR, blob.xfer)
             case act.StartChild():
@@ -205,7 +209,7 @@ class Agent:
             case act.KillChild():
                 self._group.create_task(self.training.kill(), name="kill")
             case act.OfferUpdate(offer=offer):
-                offer = msgspec.structs.replace(offer, blob=self.exchange.offer(offer.blob))
+                offer = msgspec.structs.replace(offer, blob=self.exchange.offer(offer.blob), by_store=True)
                 self._offer(self.uploads.add(offer, self.clock()))
             case act.ForgetUpdate(xfer=xfer):
                 self.uploads.done(xfer)
@@ -214,13 +218,14 @@ class Agent:
 
     # ---------------------------------------------------------------------------------------------------------- model
 
-    def _fetch_model(self, blob: Blob, size: int, sha256: str, *, listen: bool) -> None:
-        if self.blobs.has(sha256):
-            self.tell(ev.ModelFetched(sha256=sha256, n_bytes=0))
+    def _fetch_model(self, wish: act.FetchModel) -> None:
+        if self.blobs.has(wish.sha256):
+            self.tell(ev.ModelFetched(sha256=wish.sha256, n_bytes=0))
             return
         self._fetching_since = self.clock()
-        prefix = size if size < blob.size else None
-        self.exchange.pull(COORDINATOR, blob, size=prefix, sha256=sha256, listen=listen)
+        size = wish.size if wish.size < wish.blob.size else None
+        how = {"listen": wish.listen, "by_store": wish.by_store}
+        self.exchange.pull(COORDINATOR, wish.blob, size=size, sha256=wish.sha256, **how)
 
     async def _model_ended(self, end: Outcome) -> None:
         match end:
@@ -318,6 +323,8 @@ class Agent:
                     self._pulled_since.setdefault(body.xfer, self.clock())
                 self.uploads.granted(body.xfer, self.clock())
                 self.exchange.granted(COORDINATOR, body)
+            case Placed():
+                self.exchange.placed(COORDINATOR, body)
             case Done():
                 self._uploaded(body.xfer)
                 self.tell(ev.UpdateAccepted(xfer=body.xfer))
@@ -447,9 +454,12 @@ class Agent:
         is_known = self.link.up_bytes_per_s > 0 or self.config.probe_bytes == 0
         if self.caps.is_open and not is_known and self.clock() - self._probed_at >= PROBE_AGAIN_S:
             self._probed_at = self.clock()
-            self._group.create_task(self._probe(), name="probe")
+            self._probing = self._group.create_task(self._probe(), name="probe")
 
     async def _probe(self) -> None:
+        await asyncio.sleep(random.uniform(0, self.config.probe_within_s))
+        if self.link.up_bytes_per_s > 0:
+            return
         n_bytes = min(self.config.probe_bytes, self.config.broker.chunk_bytes, self.exchange.max_chunk_bytes)
         seconds = await uplink_seconds(self.bus, self.topics.up_chunk(self.config.agent, PROBE), n_bytes)
         if seconds is not None and self.link.up_bytes_per_s == 0:

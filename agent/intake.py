@@ -16,6 +16,7 @@ from protocol.messages import (
     Envelope,
     Grant,
     Message,
+    Placed,
     Plan,
     Rebirth,
     Refuse,
@@ -25,7 +26,7 @@ from protocol.topics import FromCoordinator, ToAgent, Topics
 EXPECTED: Final[dict[str, tuple[type[Message], ...]]] = {
     "plan": (Plan,),
     "cmd": (Cancel, Rebirth),
-    "grant": (Grant, Done, Refuse),
+    "grant": (Grant, Placed, Done, Refuse),
 }
 
 

@@ -76,6 +76,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Of a model, asked for and not here yet: less where the broker keeps little for one client."""
     transfer_hours: Annotated[list[str], Meta(max_length=24)] = []
     """When updates and models may move, written as `hours`; empty: always.  Outside they wait."""
+    http_hosts: Annotated[list[str], Meta(max_length=64)] = []
+    """Object stores that may be spoken to without TLS, by host name; for one on this machine "127.0.0.1"."""
     max_power_w: Annotated[float, Meta(ge=0, le=10**5)] = 0.0
     """Training pauses when the GPU draws more; 0 is no such limit."""
     max_temperature_c: Annotated[float, Meta(ge=0, le=200)] = 90.0

@@ -72,12 +72,17 @@ def _of_bus(agent: Agent) -> Iterator[Metric]:
     yield counter("fedpipe_bus_connects_total", "Connections that the broker welcomed.", float(agent.n_connects))
     refused = {(kind,): float(n) for kind, n in agent.refused.items()}
     yield counter("fedpipe_messages_rejected_total", "Messages that were not taken in.", refused, "kind")
-    received = float(agent.exchange.receiving.counts.n_bytes)
-    yield counter("fedpipe_received_bytes_total", "Bytes of models.", received)
-    yield counter("fedpipe_sent_bytes_total", "Bytes of updates.", float(agent.exchange.n_sent_bytes))
+    text = "Bytes of models, by the bus or by an object store."
+    yield counter("fedpipe_received_bytes_total", text, _by_route(agent.exchange.received_bytes), "route")
+    text = "Bytes of updates, by the bus or by an object store."
+    yield counter("fedpipe_sent_bytes_total", text, _by_route(agent.exchange.sent_bytes), "route")
     lag = {(): agent.health.lag_s}
     yield histogram("fedpipe_event_loop_lag_seconds", "How late the loop comes to itself, once a second.", lag)
     yield gauge("fedpipe_healthy", "1 while the watchdog is fed.", float(not agent.health.fault))
+
+
+def _by_route(n_bytes: dict[str, int]) -> dict[tuple[str, ...], float]:
+    return {(route,): float(n) for route, n in n_bytes.items()}
 
 
 def _of_host(agent: Agent) -> Iterator[Metric]:

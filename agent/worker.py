@@ -52,6 +52,7 @@ from agent.child import (
 from agent.trainers import Running, Trainer, TrainingFailed
 from protocol import methods
 from protocol.errors import OutsideFault
+from protocol.malloc import give_back, keep_pages
 
 logger = logging.getLogger("agent.worker")
 
@@ -59,7 +60,7 @@ PR_SET_PDEATHSIG: Final = 1
 OOM_SCORE: Final = 800
 """Of 1000, on top of the share of memory in use: before everything that did not volunteer too."""
 EX_SOFTWARE: Final = 70
-REST_S: Final = 1.0
+REST_S: Final = 5.0
 """After so long without a task memory is given back: to do so takes 20 ms, and a task that comes sooner wants it again."""
 
 
@@ -220,8 +221,7 @@ def release() -> None:
     gc.collect()
     if torch := sys.modules.get("torch"):
         torch.cuda.empty_cache()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc keeps what was freed
-        trim(0)
+    give_back()
 
 
 def read_frame(source: BinaryIO) -> bytes:
@@ -260,6 +260,7 @@ def depend_on(parent_pid: int) -> None:
 def main() -> None:
     """Listen, work, exit."""
     source, sink = take_over_stdio()
+    keep_pages(is_one_arena=False)
     depend_on(int(sys.argv[1]))
     warnings.simplefilter("ignore")  # the libraries' advice to their callers is not the operator's business
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)

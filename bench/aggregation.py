@@ -22,7 +22,7 @@ import os
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ import numpy as np
 
 from coordinator.aggregators import Weighted
 from coordinator.aggregators.product import Product
-from protocol.adapters import F64, Factors, principal
+from protocol.adapters import F64, Factors, Stack, principal
 from protocol.messages import UpdateDtype
 from protocol.models import StoredModel, write_model
 from protocol.updates import LoraUpdate, write_update
@@ -52,6 +52,14 @@ class Layers:
     def factors(self, name: str) -> Factors:
         """Those of the one layer."""
         return self.one.factors(name.split(".")[1])
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """That of one matrix."""
+        return self.one.shape(name.split(".")[1])
+
+    def stack(self, names: Sequence[str]) -> Stack:
+        """Those of some."""
+        return Stack.of([self.factors(name) for name in names])
 
 
 def write_fleet(folder: Path, n_agents: int, noise: str, dtype: UpdateDtype, only: list[str]) -> list[LoraUpdate]:

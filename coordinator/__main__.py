@@ -69,6 +69,10 @@ def _dispatch(arguments: argparse.Namespace) -> int:
             return _replay(arguments)
         case "check-config":
             config = load_toml(arguments.config, CoordinatorConfig)
+            if config.bulk.url:
+                from coordinator.bucket import Bucket
+
+                Bucket(config.bulk)
             print(f"{arguments.config}: fleet {config.fleet!r}, broker {config.broker.url}: fine")
             return 0
     from coordinator.service import serve

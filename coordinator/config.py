@@ -7,6 +7,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from coordinator.bucket import BulkConfig
 from coordinator.cost import Prices
 from coordinator.trackers import TrackersConfig
 from protocol.bus import BrokerConfig
@@ -108,6 +109,7 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     web: Web = Web()
     trust: Trust = Trust()
     transfer: Transfer = Transfer()
+    bulk: BulkConfig = BulkConfig()
     keep: Keep = Keep()
     trackers: TrackersConfig = TrackersConfig()
     prices: Prices = Prices()

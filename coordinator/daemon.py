@@ -14,8 +14,6 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from coordinator.activity import fleet_text
 from coordinator.audit import Audit
 from coordinator.config import CoordinatorConfig
@@ -132,6 +130,8 @@ class Coordinator:
                 "health": self.health.watch(),
                 "watchdog": feed_watchdog(self.health.ok),
             }
+            if self.traffic.bucket:
+                named["bucket"] = self.traffic.bucket.keep()
             if self.trust:
                 named["trust"] = self.trust.keep(self)
             tasks = [group.create_task(work, name=name) for name, work in named.items()]
@@ -195,6 +195,7 @@ class Coordinator:
         if any(isinstance(wish, act.Record | act.Finish) for wish in wishes):
             await self._snapshot()
             self.upkeep.round_closed()
+            self.traffic.keep_only(job.model for job in self.fleet.state.jobs.values() if job.phase not in ENDED)
         elif self._snapshot_owed or self._seq >= self._saved_seq + SNAPSHOT_EVENTS:
             await self._snapshot()
             self.upkeep.prune()
@@ -227,10 +228,7 @@ class Coordinator:
     def _perform(self, wish: act.Wish) -> None:
         match wish:
             case act.Assign(agent=agent, plan=plan):
-                if plan.model:
-                    model, is_broadcast = self.traffic.serve_to(agent, plan.model)
-                    plan = msgspec.structs.replace(plan, model=model, broadcast=is_broadcast)
-                self.outgoing.say(self.topics.down(agent, "plan"), plan, retain=True)
+                self.outgoing.say(self.topics.down(agent, "plan"), self.traffic.serve_to(agent, plan), retain=True)
             case act.Withdraw(agent=agent, cancel=cancel):
                 self.outgoing.clear(self.topics.down(agent, "plan"))
                 if cancel:
@@ -323,6 +321,19 @@ class Coordinator:
             if not agent.task:  # what was withdrawn while there was no broker is retained there still
                 self.outgoing.clear(self.topics.down(agent.id, "plan"))
 
+    def remind(self, agent: str) -> bool:
+        """Say to an agent again what it should be at; not while facts wait that may change that."""
+        if self.health.is_busy or not self.inbox.empty():
+            return False
+        wishes = self.fleet.remind(agent, self.clock())
+        for wish in wishes:
+            self._perform(wish)
+        return bool(wishes)
+
+    def connect_anew(self) -> None:
+        """Leave the broker and come back: whatever was under way between us is said again."""
+        self._spawn("reconnect", self.bus.reconnect())
+
     # ----------------------------------------------------------------------------------------------------------- time
 
     def _due(self) -> list[float | None]:
@@ -342,4 +353,10 @@ class Coordinator:
     def status(self) -> str:
         """One line for people."""
         bus = "" if self.connected else f"; no broker: {self.bus_fault}"
-        return fleet_text(self.fleet.state) + bus + (f"; disk: {self.disk.reason}" if self.disk.reason else "")
+        store = self.exchange.way.fault
+        return (
+            fleet_text(self.fleet.state)
+            + bus
+            + (f"; disk: {self.disk.reason}" if self.disk.reason else "")
+            + (f"; bulk by the broker: {store}" if store else "")
+        )

@@ -16,6 +16,7 @@ from protocol import methods
 from protocol.adapters import Adapter
 from protocol.blobs import Blobs
 from protocol.errors import BadUpdate
+from protocol.malloc import give_back
 from protocol.messages import Blob, Wire
 from protocol.models import StoredModel, read_model, write_model
 from protocol.updates import open_update
@@ -28,6 +29,13 @@ def fold(action: act.Aggregate, blobs: Blobs, chunk_bytes: int, allowed: Collect
 
     Raises BadUpdate when an update cannot be used or is gone, Unavailable when the disk refuses.
     """
+    try:
+        return _fold(action, blobs, chunk_bytes, allowed)
+    finally:
+        give_back()  # nothing else here needs as much
+
+
+def _fold(action: act.Aggregate, blobs: Blobs, chunk_bytes: int, allowed: Collection[str]) -> ev.Aggregated:
     for sha256 in [*(c.sha256 for c in action.contributions), *filter(None, [action.master])]:
         if not blobs.has(sha256):
             raise BadUpdate(f"{blobs.path(sha256)} is gone: nothing but the coordinator should delete there")
@@ -75,5 +83,5 @@ def _store(blobs: Blobs, adapter: Adapter, version: int, dtype: Wire, chunk_byte
     with blobs.temporary() as part:
         levels = write_model(part, adapter, version=version, dtype=dtype)
         whole = levels[-1]
-        blobs.adopt(part, whole.sha256)
+        blobs.adopt(part, whole.sha256, is_synced=True)
     return Blob(sha256=whole.sha256, size=whole.size, chunk=chunk_bytes, levels=levels)

@@ -1,25 +1,44 @@
 """What agents say, sorted: facts for the core, chunks for the transfers, signs of life; and what their silence says.
 
 Only what is worth remembering becomes an event: a heartbeat does not, nor an offer that is being pulled already.
+
+A broker whose queue for us is full throws messages away although it acknowledged them, and its own acknowledgements with them.
+So heartbeats are compared with what their agent should be at: one that does something else heartbeat after heartbeat has missed
+its plan, or we the end of its share.  Then the plan is said again, which is harmless wherever the agent stands.  A broker that lost
+messages to us under way waits for our acknowledgement of them for ever and sends no others: when nobody answers, we connect anew.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from coordinator import intake
 from coordinator.core import events as ev
+from coordinator.core.state import AgentState
 from coordinator.intake import SAID_AGAIN, Chunk, Word
 from protocol.daemon import OncePer
 from protocol.errors import BadMessage
-from protocol.messages import Envelope, Grant, Offer, Progress, Rebirth, Refuse
+from protocol.messages import Envelope, ExecState, Grant, Offer, Placed, Progress, Rebirth, Refuse
 
 if TYPE_CHECKING:
     from coordinator.daemon import Coordinator
 
+DOUBT_BEATS: Final = 2
+"""So many heartbeats beside the plan make a doubt; after each time that the plan was said again it takes twice as many."""
+MAX_DOUBT_S: Final = 900.0
+
 logger = logging.getLogger(__name__)
+
+
+class _Doubt(NamedTuple):
+    """About which share, when to say its plan again, how long that was waited for, and when it was said before."""
+
+    assigned_at: float
+    due_at: float
+    wait_s: float
+    said_at: float | None
 
 
 class Hearing:
@@ -29,6 +48,8 @@ class Hearing:
         self._coordinator = coordinator
         self._complaints = OncePer()
         self._rebirths = OncePer(coordinator.config.heartbeat_s, coordinator.config.max_agents)
+        self._doubts: dict[str, _Doubt] = {}
+        self._word_at = 0.0
 
     async def watch_silence(self) -> None:
         """Say that those have gone who are silent, until cancelled."""
@@ -64,12 +85,17 @@ class Hearing:
                 self._ask_for_birth(topic.split("/")[4], now)
 
     def _hear(self, agent: str, envelope: Envelope, now: float, *, retained: bool) -> None:
+        if not isinstance(envelope.b, Progress | Grant):  # those are said at QoS 0, which does not get stuck
+            self._word_at = now
         match envelope.b:
             case Progress() as progress:
                 self._heartbeat(agent, envelope.ses, progress, now)
                 return
             case Grant() as grant:
                 self._coordinator.exchange.granted(agent, grant)
+                return
+            case Placed() as placed:
+                self._coordinator.exchange.placed(agent, placed)
                 return
             case Refuse(xfer=xfer, reason=reason):
                 self._coordinator.traffic.withdrawn(agent, xfer, reason)
@@ -82,6 +108,7 @@ class Hearing:
         event = intake.to_event(agent, envelope)
         if isinstance(event, ev.AgentLeft):
             self._coordinator.presence.left(agent)
+            self._doubts.pop(agent, None)
             self._coordinator.exchange.peer_left(agent)
             if agent not in self._coordinator.fleet.state.agents:
                 return  # of one that nobody knows: nothing is worth remembering
@@ -105,6 +132,36 @@ class Hearing:
             self._coordinator.presence.heard(agent, now, progress)
         if known is None or not known.online or known.session != session:
             self._ask_for_birth(agent, now)
+        elif known.report is None or self._is_beside(known, progress):
+            self._wonder(known, now)
+        else:
+            self._doubts.pop(agent, None)
+
+    def _is_beside(self, agent: AgentState, progress: Progress) -> bool:
+        """Whether an agent does something else than its share asks for; an update that waits is offered again anyway."""
+        share = self._coordinator.fleet.open_share(agent)
+        return share is not None and progress.job != agent.task and share.state is not ExecState.UPLOADING
+
+    def _wonder(self, agent: AgentState, now: float) -> None:
+        """An agent is not at what it should be: it may be about to begin, or a message was lost."""
+        share, first_s = self._coordinator.fleet.open_share(agent), DOUBT_BEATS * self._coordinator.config.heartbeat_s
+        assigned_at, doubt = share.assigned_at if share else 0.0, self._doubts.get(agent.id)
+        if doubt is None or doubt.assigned_at != assigned_at:
+            doubt = self._doubts[agent.id] = _Doubt(assigned_at, now + first_s, first_s, None)
+        if now < doubt.due_at:
+            return
+        if doubt.said_at is not None and self._word_at < doubt.said_at:
+            logger.warning("the broker brings heartbeats alone: connecting anew", extra={"action": "bus_stuck"})
+            self._coordinator.connect_anew()
+        elif agent.report is None:
+            self._ask_for_birth(agent.id, now)
+        elif not self._coordinator.remind(agent.id):
+            return
+        elif (held := self._complaints("reminded", now)) is not None:
+            extra = {"action": "reminded", "agent": agent.id, "job": agent.task, "more": held}
+            logger.info("its plan is said again", extra=extra)
+        wait_s = min(2 * doubt.wait_s, MAX_DOUBT_S)
+        self._doubts[agent.id] = _Doubt(assigned_at, now + wait_s, wait_s, now)
 
     def _ask_for_birth(self, agent: str, now: float) -> None:
         if self._rebirths(agent, now) is not None:

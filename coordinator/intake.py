@@ -26,6 +26,7 @@ from protocol.messages import (
     Grant,
     Message,
     Offer,
+    Placed,
     Presence,
     Progress,
     Refuse,
@@ -39,7 +40,7 @@ EXPECTED: Final[dict[str, tuple[type[Message], ...]]] = {
     "progress": (Progress,),
     "exec": (Execution,),
     "offer": (Offer,),
-    "answer": (Grant, Done, Refuse),
+    "answer": (Grant, Placed, Done, Refuse),
 }
 SAID_AGAIN: Final = frozenset({"stale_session", "stranger"})
 """Refusals after which an agent is asked for its birth: an honest one then says everything again."""

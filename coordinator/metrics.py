@@ -168,8 +168,15 @@ def _of_messages(coordinator: Coordinator) -> Iterator[Metric]:
     wrongs = {(kind,): float(n) for kind, n in coordinator.fleet.state.counts.items()}
     text = "What agents said twice, too late or wrongly, over all lives of this coordinator."
     yield counter("fedpipe_agent_faults_total", text, wrongs, "kind")
-    yield counter("fedpipe_received_bytes_total", "Bytes of updates.", float(exchange.receiving.counts.n_bytes))
-    yield counter("fedpipe_sent_bytes_total", "Bytes of models.", float(exchange.n_sent_bytes))
+    text = "Bytes of updates, by the bus or by an object store."
+    yield counter("fedpipe_received_bytes_total", text, _by_route(exchange.received_bytes), "route")
+    text = "Bytes of models, by the bus or by an object store."
+    yield counter("fedpipe_sent_bytes_total", text, _by_route(exchange.sent_bytes), "route")
+    yield gauge(
+        "fedpipe_store_usable",
+        "0 while an object store is left alone, and bulk goes by the bus.",
+        float(not exchange.way.fault),
+    )
     yield counter("fedpipe_events_total", "Facts that were journalled and handled.", meter.n_events)
     yield gauge("fedpipe_inbox_events", "Facts that wait to be journalled.", float(len(coordinator.inbox)))
     commits = {(): coordinator.inbox.commit_s}
@@ -177,6 +184,10 @@ def _of_messages(coordinator: Coordinator) -> Iterator[Metric]:
     lag = {(): coordinator.health.lag_s}
     yield histogram("fedpipe_event_loop_lag_seconds", "How late the loop comes to itself, once a second.", lag)
     yield gauge("fedpipe_healthy", "1 while the watchdog is fed.", float(not coordinator.health.fault))
+
+
+def _by_route(n_bytes: dict[str, int]) -> dict[tuple[str, ...], float]:
+    return {(route,): float(n) for route, n in n_bytes.items()}
 
 
 def _of_disk(coordinator: Coordinator) -> Iterator[Metric]:

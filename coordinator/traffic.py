@@ -7,10 +7,13 @@ repeated offers are not news then.  A pull that failed for the moment leaves, so
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from coordinator.bucket import Bucket
 from coordinator.config import CoordinatorConfig
 from coordinator.core import actions as act
 from coordinator.core import events as ev
@@ -21,7 +24,8 @@ from protocol.broadcast import EVERYONE
 from protocol.bus import Bus
 from protocol.daemon import OncePer
 from protocol.exchange import Exchange, Lost, Outcome, Pulled
-from protocol.messages import Blob, Done, Grant, Refuse
+from protocol.http_store import Carrier
+from protocol.messages import Blob, Done, Grant, Placed, Plan, Refuse
 from protocol.outgoing import Outgoing
 from protocol.pacing import Pace
 from protocol.spool import Spool
@@ -55,6 +59,8 @@ class Traffic:
         self._fetching: dict[str, dict[str, act.Fetch]] = {}
         self._served: dict[str, str] = {}
         limits = self._limits = config.transfer
+        self.bucket = Bucket(config.bulk) if config.bulk.url else None
+        self._min_stored_bytes = config.bulk.min_bytes
         self.exchange = Exchange(
             bus=bus,
             spool=Spool(blobs, max_bytes=limits.max_update_bytes, reserve_bytes=config.keep.min_free_bytes),
@@ -71,6 +77,8 @@ class Traffic:
             pace=Pace(limits.down_bytes_per_s),
             source=self._served_file,
             outcome=self._ended,
+            carrier=Carrier(self.bucket.plain_hosts if self.bucket else ()),
+            signer=self.bucket,
         )
 
     def renew(self, config: CoordinatorConfig) -> None:
@@ -84,12 +92,21 @@ class Traffic:
         self._served[blob.xfer] = blob.sha256
         return self.exchange.offer(blob)
 
-    def serve_to(self, agent: str, blob: Blob) -> tuple[Blob, bool]:
-        """Hand out a model to one of those that are told of it now; the model, and whether it can be listened to."""
-        served = self.serve(blob)
-        if self._limits.broadcast:
+    def serve_to(self, agent: str, plan: Plan) -> Plan:
+        """Hand out the model of a plan to one of those that are told of it now; the plan as that one is told."""
+        if plan.model is None:
+            return plan
+        served, by_store = self.serve(plan.model), self._goes_by_store(plan.model)
+        if self._limits.broadcast and not by_store:
             self.exchange.announced(agent, served)
-        return served, self._limits.broadcast
+        return msgspec.structs.replace(plan, model=served, broadcast=self._limits.broadcast, by_store=by_store)
+
+    def _goes_by_store(self, blob: Blob) -> bool:
+        return self.bucket is not None and blob.size >= self._min_stored_bytes
+
+    def keep_only(self, models: Iterable[Blob | None]) -> None:
+        """Other models need not lie in the store any more."""
+        self.exchange.placing.keep_only({model.sha256 for model in models if model})
 
     def is_fetching(self, agent: str, blob: Blob) -> bool:
         """Whether this blob is being pulled or judged already, in chunks of the same size."""
@@ -120,7 +137,7 @@ class Traffic:
         if self._blobs.has(blob.sha256):
             self._spawn(f"judge/{wish.agent}/{blob.xfer}", self._judge(wish))
         else:
-            self.exchange.pull(wish.agent, blob)
+            self.exchange.pull(wish.agent, blob, by_store=wish.offer.by_store and self._goes_by_store(blob))
 
     def _replaced_by(self, wish: act.Fetch) -> list[str]:
         """Another update that this agent offered for the same work: it has one, or it could fill disk and memory."""
@@ -155,7 +172,7 @@ class Traffic:
             self.exchange.stop_pulling(agent, xfer)
             self._tell(ev.UpdateSpoiled(agent=agent, offer=wish.offer, reason=f"withdrawn by the agent: {reason}"))
 
-    def _say(self, peer: str, message: Grant | Done | Refuse) -> None:
+    def _say(self, peer: str, message: Grant | Placed | Done | Refuse) -> None:
         self._outgoing.say(self._topics.down(peer, "grant"), message)
 
     def _served_file(self, xfer: str) -> Path | None:

@@ -212,8 +212,8 @@ def fleet_view(coordinator: Coordinator, *, brief: bool = False) -> FleetView:
         agents=agent_views(state.agents, coordinator.presence, state.jobs.values(), brief=brief),
         jobs=[job_short(job) for job in state.jobs.values()],
         counts=state.counts | {kind: n for kind, n in wrong.items() if n},
-        sent_bytes=coordinator.exchange.n_sent_bytes,
-        received_bytes=moved.n_bytes,
+        sent_bytes=sum(coordinator.exchange.sent_bytes.values()),
+        received_bytes=sum(coordinator.exchange.received_bytes.values()),
         disk=coordinator.disk.state,
         disk_reason=coordinator.disk.reason,
     )

@@ -166,7 +166,7 @@ class Api:
             past,
             versions,
             presence=self._coordinator.presence,
-            remaining=self._coordinator.exchange.receiving.remaining,
+            remaining=self._coordinator.exchange.remaining,
             now=self._coordinator.clock(),
             skip=skip,
         )

@@ -65,12 +65,16 @@ class Blobs:
             shutil.copyfile(source, temporary)
             return self.adopt(temporary, digest_file(temporary)[0])
 
-    def adopt(self, source: Path, sha256: str) -> str:
-        """Move `source`, on the same file system and known to have this digest, into the store, durably."""
+    def adopt(self, source: Path, sha256: str, *, is_synced: bool = False) -> str:
+        """Move `source`, on the same file system and known to have this digest, into the store, durably.
+
+        `is_synced` says that what is in it is on disk already.
+        """
         target = self.path(sha256)
         with disk(self.folder):
-            with source.open("rb+") as file:
-                os.fsync(file.fileno())
+            if not is_synced:
+                with source.open("rb+") as file:
+                    os.fsync(file.fileno())
             source.replace(target)
             sync_folder(self.folder)
         return sha256

@@ -11,7 +11,8 @@ window (protocol/transfer.py), and says with it that it listens.  Here the credi
 
 - **Members** are those that were told of the broadcast (`expect`) and those that have given credit at or beyond the front.
 - **Nobody holds up the others for long.** Who lets the front wait for `stall_s`, or eight times the mean gap between chunks, is
-  left behind; so are the last few (a tenth, at least one) once the front has waited for few alone during half of the time.
+  left behind, but at the first chunk not while others keep coming, for up to ARRIVING_S; so are the last few (a tenth, at least
+  one) once the front has waited for few alone during half of the time.
   Nobody waits for them any more; they may still hear what they can take, and pull what they miss.
 - **Gaps.** Credit for a chunk before the front is for one that was lost, or missed by a late joiner.  It waits for `gather_s`, or
   four times the mean gap, so that others can ask for the same one; then it goes to all who did: to one of them alone, to two and more as a broadcast.
@@ -40,6 +41,9 @@ FEW_RATIO: Final = 0.1
 """Of the members; so many are not the fleet's pace but somebody's trouble."""
 HELD_RATIO: Final = 0.5
 """Share of the time that the front may wait for few."""
+ARRIVING_S: Final = 10.0
+"""A thousand agents that were told at once do not all ask within a second: so long the first chunk waits while more keep coming.
+Less than the patience of who came first (protocol/transfer.py)."""
 FORGET_S: Final = 600.0
 """A broadcast in which nothing happened for so long is over, whoever did not say so."""
 
@@ -59,6 +63,7 @@ class _Broadcast:
         self._held_s = 0.0  # it has waited so in all
         self._left: set[str] = set()
         self._joined: dict[str, int] = {}  # where the front was when each began to listen
+        self._came_at = -inf  # the last who did
         self._reach: dict[str, int] = {}  # behind the last chunk that each ever asked for
         self._asked: dict[int, dict[str, None]] = {}
         self._ahead: list[int] = []  # a heap of what is asked for at the front or behind it
@@ -83,7 +88,9 @@ class _Broadcast:
 
     def granted(self, peer: str, grant: Grant, now: float) -> None:
         """Note what a listener asks for."""
-        joined, reach = self._joined.setdefault(peer, self.front), self._reach.get(peer, 0)
+        if peer not in self._joined:
+            self._joined[peer], self._came_at = self.front, now
+        joined, reach = self._joined[peer], self._reach.get(peer, 0)
         for first, n in grant.ranges:
             for index in range(first, first + n):
                 if not max(joined, reach) <= index < self.front:
@@ -166,6 +173,8 @@ class _Broadcast:
         since = max(self._ahead_at[index], self._sent_at)
         if not self._ends or self._ends[0] > index:
             return since
+        if not self.front:
+            since = max(since, min(self._came_at, since + ARRIVING_S))
         stalled_at = since + max(stall_s, 8 * self.pace_s)
         if self._few_since is None or not self.front:
             return stalled_at

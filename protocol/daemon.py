@@ -8,7 +8,6 @@ Logs are one line per event on stderr, with journald's priority prefix under sys
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import os
 import re
@@ -24,6 +23,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from protocol.errors import BadConfig, NotAllowed, OutsideFault, Unavailable
+from protocol.malloc import keep_pages
 from protocol.topics import ID_RULE
 
 EX_OK: Final = 0
@@ -200,21 +200,6 @@ async def feed_watchdog(healthy: Callable[[], bool]) -> None:
 # ----------------------------------------------------------------------------------------------------------- lifecycle
 
 
-_MALLOPT: Final = {-8: 1, -1: 4 * 2**20, -3: 2**20}
-"""mallopt(3): one arena, keep up to 4 MiB of free memory, give back at once what is larger than 1 MiB."""
-
-
-def tune_malloc() -> None:
-    """Tell glibc what a daemon does with memory: chunks of 256 KiB that come and go, from a few threads that take turns.
-
-    As it comes, it gives each chunk's pages back to the kernel and has them zeroed for the next one, a third of the processor time
-    of a transfer; and each thread keeps an arena, of which the largest fold stays resident for good.
-    """
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        for parameter, value in _MALLOPT.items():
-            mallopt(parameter, value)
-
-
 def run(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
     """Run a daemon until it returns or a SIGTERM or SIGINT sets its stop event; a second signal ends it at once.
 
@@ -235,7 +220,7 @@ def run(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
             loop.add_signal_handler(number, asked)
         await main(stop)
 
-    tune_malloc()
+    keep_pages(is_one_arena=True)
     try:
         asyncio.run(supervised())
     except (OutsideFault, ExceptionGroup) as error:

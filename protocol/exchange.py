@@ -10,7 +10,6 @@ blob stays in memory.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,11 +21,16 @@ import msgspec
 from protocol.broadcast import EVERYONE, Broadcasts
 from protocol.bus import MQTT_MAX_PACKET_BYTES, Bus, BusError, NotConnected
 from protocol.errors import BadMessage, Unavailable
+from protocol.fetching import Fetching
+from protocol.files import read_at
 from protocol.frames import carried_checksum, decode_frame, encode_frame
-from protocol.messages import Blob, Done, Grant, Refuse
+from protocol.http_store import Carrier
+from protocol.messages import Blob, Done, Grant, Placed, Refuse
 from protocol.pacing import Pace
+from protocol.placing import Placing
 from protocol.sending import SendChunk, Sending
 from protocol.spool import Partial, Spool
+from protocol.store_way import Signer, Way
 from protocol.transfer import Action as ReceivingAction
 from protocol.transfer import Completed, GaveUp, Receiving, SendGrant, StopListening
 
@@ -71,6 +75,7 @@ class _Pull:
     sha256: str
     partial: Partial | None  # None while there is no file to write to
     listening: bool
+    by_store: bool = False
     begun: bool = False
 
     def lost(self, reason: str, *, temporary: bool = True) -> Lost:
@@ -80,9 +85,10 @@ class _Pull:
 class Exchange:
     """All transfers of one daemon.
 
-    `say(peer, message)` publishes Grant, Done or Refuse; `chunk_topic(peer, xfer)` is where chunks for a peer go, or for
+    `say(peer, message)` publishes Grant, Placed, Done or Refuse; `chunk_topic(peer, xfer)` is where chunks for a peer go, or for
     EVERYONE; `blob_topic(xfer)` is where a broadcast is listened to; `source(xfer)` is the file behind an offered blob (None:
-    gone); `outcome` is called in the event loop with each end; `pace` caps what is sent.
+    gone); `outcome` is called in the event loop with each end; `pace` caps what is sent; `carrier` and `signer` are the way to
+    an object store, and an account there.
     """
 
     def __init__(
@@ -92,12 +98,14 @@ class Exchange:
         spool: Spool,
         receiving: Receiving,
         clock: Callable[[], float],
-        say: Callable[[str, Grant | Done | Refuse], None],
+        say: Callable[[str, Grant | Placed | Done | Refuse], None],
         chunk_topic: Callable[[str, str], str],
         source: Callable[[str], Path | None],
         outcome: Callable[[Outcome], Awaitable[None]],
         blob_topic: Callable[[str], str] = str,
         pace: Pace | None = None,
+        carrier: Carrier | None = None,
+        signer: Signer | None = None,
     ) -> None:
         self.sending = Sending()
         self.broadcasts = Broadcasts()
@@ -115,6 +123,17 @@ class Exchange:
         self._ending = asyncio.Lock()
         self._is_turn_of_all = False
         self._ends: asyncio.Queue[tuple[_Pull, Lost | None]] = asyncio.Queue()
+        self.way = Way(carrier or Carrier(), signer, clock)
+        self.placing = Placing(self.way, clock=clock, say=say, source=source, pace=self.pace)
+        self.fetching = Fetching(
+            self.way,
+            clock=clock,
+            say=say,
+            pace=receiving.pace,
+            take=self.chunk,
+            ended=lambda end: self._perform([end]),
+            by_bus=self._by_bus,
+        )
 
     def renew(self, *, reserve_bytes: int) -> None:
         """Another part of the disk to leave free, from the next transfer on."""
@@ -127,22 +146,36 @@ class Exchange:
             for n in range(N_VERIFYING):
                 tasks.create_task(self._finish(), name=f"exchange.finish.{n}")
             tasks.create_task(self._listen(), name="exchange.listen")
+            tasks.create_task(self.placing.run(), name="exchange.placing")
+            tasks.create_task(self.fetching.run(), name="exchange.fetching")
+            tasks.create_task(self.way.run(), name="exchange.store")
 
     # -------------------------------------------------------------------------------------------------------- pulling
 
     def pull(
-        self, peer: str, blob: Blob, *, size: int | None = None, sha256: str | None = None, listen: bool = False
+        self,
+        peer: str,
+        blob: Blob,
+        *,
+        size: int | None = None,
+        sha256: str = "",
+        listen: bool = False,
+        by_store: bool = False,
     ) -> None:
         """Have `blob` (or its prefix of `size` bytes and digest `sha256`) from `peer`; asking twice is asking once.
 
-        `listen`: it may be broadcast, so that most of it need not be sent to us alone.
+        `listen`: it may be broadcast, so that most of it need not be sent to us alone.  `by_store`: it can be had from a store.
         """
         known = self._pulls.get((peer, blob.xfer))
         if known is not None and (known.blob, known.size) == (blob, size):
             return
-        pull = _Pull(peer, blob, size, sha256 or blob.sha256, partial=None, listening=listen)
+        self.fetching.close(peer, blob.xfer)
+        pull = _Pull(peer, blob, size, sha256 or blob.sha256, None, listen, by_store and self.way.is_open(peer))
         self._pulls[peer, blob.xfer] = pull
-        if listen and blob.xfer not in self._heard:
+        self._start(pull)
+
+    def _start(self, pull: _Pull) -> None:
+        if pull.listening and not pull.by_store and pull.blob.xfer not in self._heard:
             self._ears.set()  # it begins when the broker knows of it, or the first chunks would be missed
         else:
             self._begin(pull)
@@ -150,20 +183,29 @@ class Exchange:
     def _begin(self, pull: _Pull) -> None:
         pull.begun = True
         peer, blob, now = pull.peer, pull.blob, self._clock()
+        self._perform(self.receiving.close(peer, blob.xfer, now))  # of another geometry, perhaps
         try:
             pull.partial = self._spool.open(blob, size=pull.size, owner=peer)
             have, listening = pull.partial.have, pull.listening
-            self._perform(self.receiving.open(peer, blob, now, size=pull.size, have=have, listening=listening))
+            if pull.by_store:
+                self.fetching.open(peer, blob, pull.size, have)
+            else:
+                self._perform(self.receiving.open(peer, blob, now, size=pull.size, have=have, listening=listening))
         except (BadMessage, Unavailable) as error:
-            self._perform(self.receiving.close(peer, blob.xfer, now))  # of another geometry, perhaps
             self._ends.put_nowait((pull, pull.lost(str(error), temporary=isinstance(error, Unavailable))))
+
+    def _by_bus(self, peer: str, xfer: str) -> None:
+        """The store does not have the rest of this one."""
+        pull = self._pulls[peer, xfer]
+        pull.by_store = False
+        self._start(pull)
 
     async def _listen(self) -> None:
         """Have the subscriptions be those of the pulls that listen."""
         while True:
             await self._ears.wait()
             self._ears.clear()
-            listening = {pull.blob.xfer: pull for pull in self._pulls.values() if pull.listening}
+            listening = {pull.blob.xfer: pull for pull in self._pulls.values() if pull.listening and not pull.by_store}
             for xfer in self._heard - set(listening):
                 self._heard.remove(xfer)
                 with suppress(BusError):
@@ -182,6 +224,7 @@ class Exchange:
         """Not wanted any more; what is on disk is thrown away."""
         pull = self._pulls.pop((peer, xfer), None)
         self._perform(self.receiving.close(peer, xfer, self._clock()))
+        self.fetching.close(peer, xfer)
         self._ears.set()
         if pull and pull.partial:
             pull.partial.discard()
@@ -197,13 +240,21 @@ class Exchange:
             return
         index, data = decode_frame(payload)
         try:
-            pull.partial.write(index, data, carried_checksum(payload))
+            is_new = pull.partial.write(index, data, carried_checksum(payload))
         except Unavailable as error:
             pull.partial = None
             self._perform(self.receiving.close(peer, xfer, self._clock()))
+            self.fetching.close(peer, xfer)
             self._ends.put_nowait((pull, pull.lost(str(error))))
             return
-        self._perform(self.receiving.chunk(peer, xfer, index, len(data), self._clock(), heard=heard))
+        if not pull.by_store:
+            self._perform(self.receiving.chunk(peer, xfer, index, len(data), self._clock(), heard=heard))
+        elif is_new:
+            self.fetching.wrote(peer, xfer, index, pull.partial.have)
+
+    def placed(self, peer: str, placed: Placed) -> None:
+        """A peer has put into the store what we asked for.  Raises BadMessage where it does not say where."""
+        self.fetching.placed(peer, placed)
 
     def _perform(self, actions: list[ReceivingAction]) -> None:
         for action in actions:
@@ -229,6 +280,21 @@ class Exchange:
                     del self._pulls[pull.peer, pull.blob.xfer]
                     self._ears.set()
                     await self._outcome(end)
+
+    def remaining(self, peer: str, xfer: str) -> int | None:
+        """Chunks still to come, for display; None if it is not being pulled."""
+        pull = self._pulls.get((peer, xfer))
+        return None if pull is None or pull.partial is None else len(pull.partial.have) - pull.partial.have.count
+
+    @property
+    def received_bytes(self) -> dict[str, int]:
+        """By each road, since the start."""
+        return {"bus": self.receiving.counts.n_bytes, "store": self.fetching.receiving.counts.n_bytes}
+
+    @property
+    def sent_bytes(self) -> dict[str, int]:
+        """By each road, since the start."""
+        return {"bus": self.n_sent_bytes, "store": self.placing.n_sent_bytes}
 
     def _is_wanted(self, pull: _Pull) -> bool:
         """Not stopped, nor replaced by another geometry, since its end was noted."""
@@ -260,6 +326,8 @@ class Exchange:
         blob = self.sending.asked_of(peer, grant)
         if blob is None:
             self._say(peer, Refuse(xfer=grant.xfer, reason="superseded: this blob is not offered here any more"))
+        elif grant.by_store:
+            self.placing.granted(peer, blob, grant)
         elif grant.until:
             self.broadcasts.granted(peer, blob, grant, self._clock())
         else:
@@ -295,7 +363,7 @@ class Exchange:
 
     async def _send_chunk(self, chunk: SendChunk) -> None:
         path = self._source(chunk.xfer)
-        data = _read(path, chunk.offset, chunk.length) if path else b""
+        data = read_at(path, chunk.offset, chunk.length) if path else b""
         if len(data) != chunk.length:
             self._withdraw(chunk, "superseded: the file behind this blob is gone")
             return
@@ -325,11 +393,13 @@ class Exchange:
         """The bus is new: all credit, given and had, is void."""
         self._void()
         self._perform(self.receiving.reset(self._clock()))
+        self.fetching.reset()
 
     def peer_reborn(self, peer: str) -> None:
         """A peer restarted and has forgotten the credit it had."""
         self.peer_left(peer)
         self._perform(self.receiving.reset(self._clock(), peer))
+        self.fetching.reset(peer)
 
     def peer_left(self, peer: str) -> None:
         """A peer is gone: nothing is sent to it, and nobody waits for it."""
@@ -339,16 +409,10 @@ class Exchange:
     def tick(self) -> None:
         """Handle what time alone made due; see `wake_at`."""
         self._perform(self.receiving.tick(self._clock()))
+        self.fetching.tick()
 
     @property
     def wake_at(self) -> float | None:
         """When to tick."""
-        return self.receiving.wake_at
-
-
-def _read(path: Path, offset: int, length: int) -> bytes:
-    try:
-        with path.open("rb", buffering=0) as file:
-            return os.pread(file.fileno(), length, offset)
-    except OSError:
-        return b""
+        both = self.receiving.wake_at, self.fetching.receiving.wake_at
+        return min((at for at in both if at is not None), default=None)

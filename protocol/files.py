@@ -24,6 +24,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
+def read_at(path: Path, offset: int, length: int) -> bytes:
+    """Up to `length` bytes from `offset` on; fewer, or none, where the file has no more or is gone."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            return os.pread(file.fileno(), length, offset)
+    except OSError:
+        return b""
+
+
 def give_to_folder(path: Path) -> None:
     """What root makes in a daemon's folder is the daemon's.  Raises OSError."""
     if os.geteuid() == 0:

@@ -4,8 +4,8 @@ A message that exists is legal: bounds, patterns and types are checked while it 
 behind the codec asks again whether a length is negative or a name holds a slash.  Evolution follows msgspec's rules: a new
 field has a default, no field changes its type, unknown fields are ignored on the wire.
 
-Facts go up (Presence, Report, Progress, Execution, Offer), wishes come down (Plan, Cancel, Rebirth); Grant, Done and Refuse
-travel in both directions because the receiver of a blob drives its transfer, whichever side that is.
+Facts go up (Presence, Report, Progress, Execution, Offer), wishes come down (Plan, Cancel, Rebirth); Grant, Placed, Done and
+Refuse travel in both directions because the receiver of a blob drives its transfer, whichever side that is.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ Count = Annotated[int, Meta(ge=0, le=2**53)]
 Seconds = Annotated[float, Meta(ge=0, le=10**9)]
 Instant = Annotated[float, Meta(ge=0, le=10**11)]
 """Seconds since the epoch."""
+Url = Annotated[str, Meta(min_length=1, max_length=4096)]
+"""Whoever follows it asks protocol/http_store.py first."""
 Ratio = Annotated[float, Meta(ge=0, le=1)]
 Rank = Annotated[int, Meta(ge=1, le=1024)]
 Chunk = Annotated[int, Meta(ge=1024, le=4 * 2**20)]
@@ -99,6 +101,8 @@ class Offer(Message, frozen=True, kw_only=True, tag="offer"):
     bytes_down: Count = 0
     stopped: Text = ""
     energy: Energy | None = None
+    by_store: bool = False
+    """Whoever offers it can put it where a URL says."""
 
 
 class Grant(Message, frozen=True, kw_only=True, tag="grant"):
@@ -108,6 +112,23 @@ class Grant(Message, frozen=True, kw_only=True, tag="grant"):
     ranges: Annotated[list[tuple[Count, Annotated[int, Meta(ge=1, le=4096)]]], Meta(min_length=1, max_length=256)]
     until: Count = 0
     """Above 0: they may come as a broadcast, to which the receiver listens up to this chunk."""
+    by_store: bool = False
+    """Not over the bus: each run as one object of a store, and Placed says that it is there."""
+    urls: Annotated[list[Url], Meta(max_length=64)] = []
+    """Where to put them, one for each run; none where the sender has a store of its own."""
+
+
+class Placed(Message, frozen=True, kw_only=True, tag="placed"):
+    """These chunks, asked for with `by_store`, lie in the store, each run as one object.
+
+    `urls` is where to get them, one for each run; none where the receiver has a store of its own.  With a `reason` they do not
+    lie there and will not: they are to be asked for over the bus.
+    """
+
+    xfer: Xfer
+    ranges: Annotated[list[tuple[Count, Annotated[int, Meta(ge=1, le=4096)]]], Meta(min_length=1, max_length=64)]
+    urls: Annotated[list[Url], Meta(max_length=64)] = []
+    reason: Text = ""
 
 
 class Done(Message, frozen=True, kw_only=True, tag="done"):
@@ -417,6 +438,8 @@ class Plan(Message, frozen=True, kw_only=True, tag="plan"):
     model: Blob | None = None
     broadcast: bool = False
     """The model can be listened to on its `c/blob` topic."""
+    by_store: bool = False
+    """The model can be had from an object store."""
     ranks: Annotated[dict[Name, Rank], Meta(max_length=MAX_MATRICES)] = {}
     alpha: Annotated[float, Meta(gt=0, le=1024)] = 2.0
     train: Training | None = None
@@ -478,6 +501,7 @@ Body = (
     | Execution
     | Offer
     | Grant
+    | Placed
     | Done
     | Refuse
     | Plan

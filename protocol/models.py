@@ -13,24 +13,23 @@ against its own digest, and all of them listen to one broadcast.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final, Literal, TypeAlias
 
 import numpy as np
 
 from protocol import files, manifest, tensors
-from protocol.adapters import Adapter, Factors
+from protocol.adapters import FEW_VALUES, Adapter, Factors, Stack, runs
 from protocol.errors import BadUpdate
 from protocol.manifest import Entries, Entry, Header
 from protocol.messages import Count, Level, Wire
 from protocol.tensors import F32
 
 MODEL: Final = "model"
-_FEW_VALUES: Final = 2**18
 
-_Line: TypeAlias = tuple[Entry, F32]
-"""A row of A or a column of B, and whose it is."""
+_Lines: TypeAlias = tuple[Sequence[Entry], F32, F32]
+"""Rows of A (k, d_in) and columns of B (k, d_out) of one component, and of which matrices: all of one shape."""
 
 
 class ModelHeader(Header, frozen=True, kw_only=True):
@@ -51,13 +50,14 @@ def write_model(path: Path, adapter: Adapter, *, version: int, dtype: Wire) -> l
     header = ModelHeader(
         v=manifest.VERSION, kind=MODEL, version=version, dtype=dtype, matrices=manifest.entries_of(adapter)
     )
+    grouped = list(_runs(header.matrices))
     digest, size, levels = hashlib.sha256(), 0, []
     with files.replacing(path) as file:
         for rank in range(1 + max((entry.rank for entry in header.matrices), default=0)):
-            block = _level(header, adapter, rank) if rank else manifest.pack_header(header)
-            file.write(block)
-            digest.update(block)
-            size += len(block)
+            for block in _level(grouped, adapter, rank, dtype) if rank else [manifest.pack_header(header)]:
+                file.write(block)
+                digest.update(block)
+                size += len(block)
             levels.append(Level(rank=rank, size=size, sha256=digest.copy().hexdigest()))
     return levels
 
@@ -70,12 +70,13 @@ def read_model(path: Path, *, max_rank: int | None = None, max_bytes: int) -> Ad
     """
     header, levels = open_model(path, max_bytes=max_bytes)
     wanted = len(levels) - 1 if max_rank is None else min(max_rank, len(levels) - 1)
-    kept = {entry.name: _empty(entry, wanted) for entry in header.matrices if min(entry.rank, wanted)}
+    kept = [(run, _empty(run, wanted)) for run in _runs(header.matrices) if min(run[0].rank, wanted)]
     with path.open("rb") as file:
         file.seek(levels[0])
         for rank in range(1, wanted + 1):
-            _read_level(file, header, rank, kept)
-    return kept
+            for few in _few(_lines(kept, rank)):
+                _fill(few, file, header.dtype)
+    return {entry.name: factors for run, stack in kept for entry, factors in zip(run, stack, strict=True)}
 
 
 def open_model(path: Path, *, max_bytes: int) -> tuple[ModelHeader, list[int]]:
@@ -85,9 +86,11 @@ def open_model(path: Path, *, max_bytes: int) -> tuple[ModelHeader, list[int]]:
         raise BadUpdate(f"model of {size} bytes exceeds the {max_bytes} that were announced")
     header, end = manifest.read_header(path, ModelHeader)
     manifest.check_sorted(header.matrices)
-    ends, rank = [end], 0
-    while ends[-1] < size and (members := _members(header, rank := rank + 1)):
-        ends.append(ends[-1] + sum(sum(entry.shape) for entry in members) * tensors.ITEM_BYTES[header.dtype])
+    ends, rank, grouped = [end], 0, list(_runs(header.matrices))
+    while ends[-1] < size and (members := [run for run in grouped if run[0].rank > rank]):
+        n_values = sum(len(run) * sum(run[0].shape) for run in members)
+        ends.append(ends[-1] + n_values * tensors.ITEM_BYTES[header.dtype])
+        rank += 1
     if ends[-1] != size:
         raise BadUpdate(f"model file of {size} bytes does not end with one of its levels: fetch it again")
     return header, ends
@@ -112,12 +115,13 @@ class StoredModel(Mapping[str, Factors]):
     def __getitem__(self, name: str) -> Factors:
         """Both factors of one matrix in float32."""
         entry, places = self._places[name]
-        found = _empty(entry, len(places))
+        found = _empty([entry], len(places))
         with self._path.open("rb") as file:
-            for row, column, at in zip(found.a, found.b.T, places, strict=True):
+            for rank, at in enumerate(places, start=1):
                 file.seek(at)
-                _fill([(entry, row), (entry, column)], file, self._header.dtype)
-        return found
+                _fill(list(_lines([([entry], found)], rank)), file, self._header.dtype)
+        (factors,) = found
+        return factors
 
     def __contains__(self, name: object) -> bool:
         """Whether the model has it, without reading it."""
@@ -136,60 +140,71 @@ def _members(header: ModelHeader, rank: int) -> list[Entry]:
     return [entry for entry in header.matrices if entry.rank >= rank]
 
 
-def _empty(entry: Entry, rank: int) -> Factors:
-    kept = min(entry.rank, rank)
-    return Factors(a=np.empty((kept, entry.d_in), np.float32), b=np.empty((entry.d_out, kept), np.float32))
+def _runs(entries: Entries) -> Iterator[Sequence[Entry]]:
+    """Matrices of one shape and rank, a few at a time: they stand side by side in every level."""
+    return runs(entries, lambda e: (e.rank, e.shape), lambda e: sum(e.shape))
 
 
-def _lines(header: ModelHeader, adapter: Adapter, rank: int) -> list[_Line]:
-    """What a level holds, as views of the adapter in the order of the file."""
-    found = [(entry, adapter[entry.name]) for entry in _members(header, rank)]
-    return [(entry, line) for entry, f in found for line in (f.a[rank - 1], f.b[:, rank - 1])]
+def _empty(run: Sequence[Entry], rank: int) -> Stack:
+    n, kept, (d_out, d_in) = len(run), min(run[0].rank, rank), run[0].shape
+    return Stack(np.empty((n, kept, d_in), np.float32), np.empty((n, d_out, kept), np.float32))
 
 
-def _few(lines: Iterable[_Line]) -> Iterator[list[_Line]]:
-    """Runs of lines that are short together: to encode and to look at many small ones one by one would take longer."""
-    few: list[_Line] = []
+def _lines(stacks: Iterable[tuple[Sequence[Entry], Stack]], rank: int) -> Iterator[_Lines]:
+    """What a level holds, as views in the order of the file."""
+    for run, stack in stacks:
+        if run[0].rank >= rank:
+            yield run, stack.a[:, rank - 1], stack.b[:, :, rank - 1]
+
+
+def _few(lines: Iterable[_Lines]) -> Iterator[list[_Lines]]:
+    """Those that are short together: to encode and to look at many small ones one by one would take longer."""
+    few: list[_Lines] = []
     n_values = 0
-    for entry, line in lines:
-        if few and n_values + line.size > _FEW_VALUES:
+    for line in lines:
+        size = line[1].size + line[2].size
+        if few and n_values + size > FEW_VALUES:
             yield few
             few, n_values = [], 0
-        few.append((entry, line))
-        n_values += line.size
+        few.append(line)
+        n_values += size
     if few:
         yield few
 
 
-def _level(header: ModelHeader, adapter: Adapter, rank: int) -> bytes:
-    blocks = []
-    for few in _few(_lines(header, adapter, rank)):
-        values = np.concatenate([line for _, line in few])
-        blocks.append(tensors.encode(values, header.dtype))
-        _check_finite(few, tensors.decode(blocks[-1], values.shape, header.dtype))
-    return b"".join(blocks)
+def _cut(grouped: Iterable[Sequence[Entry]], adapter: Adapter, rank: int) -> Iterator[_Lines]:
+    """The same of an adapter, copied."""
+    for run in grouped:
+        if run[0].rank >= rank:
+            factors = [adapter[entry.name] for entry in run]
+            yield run, np.stack([f.a[rank - 1] for f in factors]), np.stack([f.b[:, rank - 1] for f in factors])
 
 
-def _read_level(file: BinaryIO, header: ModelHeader, rank: int, into: Adapter) -> None:
-    for few in _few(_lines(header, into, rank)):
-        _fill(few, file, header.dtype)
+def _level(grouped: Iterable[Sequence[Entry]], adapter: Adapter, rank: int, dtype: Wire) -> Iterator[bytes]:
+    for few in _few(_cut(grouped, adapter, rank)):
+        values = np.concatenate([np.hstack([rows, columns]).reshape(-1) for _, rows, columns in few])
+        block = tensors.encode(values, dtype)
+        _check_finite(few, values if dtype == "fp32" else tensors.decode(block, values.shape, dtype))
+        yield block
 
 
-def _fill(few: list[_Line], file: BinaryIO, dtype: Wire) -> None:
+def _fill(few: list[_Lines], file: BinaryIO, dtype: Wire) -> None:
     """Read lines that lie one behind the other in the file."""
-    n_values = sum(line.size for _, line in few)
+    n_values = sum(rows.size + columns.size for _, rows, columns in few)
     values = tensors.decode(file.read(n_values * tensors.ITEM_BYTES[dtype]), (n_values,), dtype)
     _check_finite(few, values)
     at = 0
-    for _, line in few:
-        line[:] = values[at : at + line.size]
-        at += line.size
+    for run, rows, columns in few:
+        here = values[at : at + rows.size + columns.size].reshape(len(run), -1)
+        rows[:], columns[:] = np.hsplit(here, [rows.shape[1]])
+        at += here.size
 
 
-def _check_finite(few: list[_Line], values: F32) -> None:
+def _check_finite(few: list[_Lines], values: F32) -> None:
     """`values` are those of the lines, one behind the other."""
     if np.isfinite(values).all():
         return
-    ends = np.cumsum([line.size for _, line in few])
-    entry, _ = few[int(np.searchsorted(ends, np.argmin(np.isfinite(values)), side="right"))]
+    entries = [entry for run, _, _ in few for entry in run]
+    ends = np.cumsum([sum(entry.shape) for entry in entries])
+    entry = entries[int(np.searchsorted(ends, np.argmin(np.isfinite(values)), side="right"))]
     raise BadUpdate(f"matrix {entry.name!r} of the model has values that are not finite numbers")

@@ -7,7 +7,10 @@ or waits get lost in silence:
 - `lost` is the one fact that the connection is over; it carries the reason as words, and every wait for an answer of the
   broker ends with it (aiomqtt's pending calls run into their timeout instead);
 - a connection that dies before its CONNACK ends the attempt at once;
-- messages go straight to `deliver`, without a second queue;
+- messages go straight to `deliver`, without a second queue, and are not taken apart by paho: that copies each payload three
+  times and makes an object of properties that nobody reads;
+- what is published goes to the socket at once, and the loop is asked to watch that only for what did not fit: to wake it for
+  each message would cost as much again as the message;
 - a slow uplink is not taken for a dead one: while TCP still gets rid of a backlog, a ping behind it may take its time;
 - giving up in the middle of connecting leaves nothing behind, although paho connects in a thread that nobody can stop.
 
@@ -26,16 +29,19 @@ import socket
 import ssl
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final
 
 import aiomqtt
 from paho.mqtt.client import Client as Paho
-from paho.mqtt.client import ConnectFlags, DisconnectFlags, MQTTMessage
+from paho.mqtt.client import ConnectFlags, DisconnectFlags
 from paho.mqtt.enums import MQTTErrorCode
+from paho.mqtt.exception import MalformedPacket
 from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
+from paho.mqtt.properties import Properties, VariableByteIntegers
 from paho.mqtt.reasoncodes import ReasonCode
 
 from protocol.bus import MQTT_MAX_PACKET_BYTES, Address, Connected, Denied, NotConnected, Received, TooLarge, Will
@@ -113,6 +119,9 @@ class Link(aiomqtt.Client):
         self._parting = 0
         self._answers: dict[int, asyncio.Future[list[int]]] = {}
         self._abandoned = False
+        self._client._handle_publish = self._handle_publish  # type: ignore[method-assign]  # noqa: SLF001
+        self._is_watching = False
+        self._thread = threading.get_ident()
         # A read or write that raises is reported only there; to take the exception also keeps asyncio from complaining.
         self._disconnected.add_done_callback(lambda done: self._lose(_broken(self, str(done.exception() or ""))))
 
@@ -210,7 +219,11 @@ class Link(aiomqtt.Client):
             raise NotConnected(broken(self.address, welcomed=True, detail=str(rc)))
         answer: asyncio.Future[list[int]] = self._loop.create_future()
         self._answers[mid] = answer
+        self._write(self._client)
         try:
+            if answer.done():
+                await asyncio.sleep(0)  # whoever publishes much lets others have their turn
+                return answer.result()
             async with asyncio.timeout(ANSWER_S):
                 return await answer
         except TimeoutError:
@@ -262,12 +275,22 @@ class Link(aiomqtt.Client):
         if not self._connected.cancelled():  # open() was given up; aiomqtt would ask the cancelled future how it ended
             super()._on_disconnect(client, userdata, flags, reason_code, properties)
 
-    def _on_message(self, client: Paho, userdata: Any, message: MQTTMessage) -> None:
-        try:
-            topic = message.topic
-        except UnicodeDecodeError:  # not MQTT: no broker should pass it on, and nobody here could mean it
-            return
-        self.deliver(Received(topic, bytes(message.payload), message.retain))
+    def _handle_publish(self) -> MQTTErrorCode:
+        """In place of paho's: a PUBLISH is here (MQTT 5, section 3.3), of QoS 0 or 1, as no more was subscribed to."""
+        packet = self._client._in_packet  # noqa: SLF001 - of the bus's own client, as below
+        header, body = packet["command"], memoryview(packet["packet"])
+        at = 2 + int.from_bytes(body[:2], "big")
+        topic, qos, mid = bytes(body[2:at]), header >> 1 & 3, 0
+        if qos:
+            mid, at = int.from_bytes(body[at : at + 2], "big"), at + 2
+        if self.version is aiomqtt.ProtocolVersion.V5:
+            n_bytes, n_digits = VariableByteIntegers.decode(body[at : at + 4])  # type: ignore[no-untyped-call]
+            at += n_digits + n_bytes
+        if at > len(body):
+            raise MalformedPacket(f"a PUBLISH of {len(body)} bytes ends before its payload")
+        with suppress(UnicodeDecodeError):  # no broker should pass it on, and nobody here could mean it
+            self.deliver(Received(topic.decode(), bytes(body[at:]), bool(header & 1)))
+        return self._client._send_puback(mid) if qos else MQTTErrorCode.MQTT_ERR_SUCCESS  # noqa: SLF001
 
     def _on_publish(
         self, _client: Paho, _userdata: Any, mid: int, reason_code: ReasonCode, _properties: Properties
@@ -297,17 +320,26 @@ class Link(aiomqtt.Client):
             super()._on_socket_open(client, userdata, sock)
 
     def _on_socket_register_write(self, client: Paho, userdata: Any, sock: Any) -> None:
-        self._loop.call_soon_threadsafe(self._watch_writes, client, sock)
+        soon = self._loop.call_soon if threading.get_ident() == self._thread else self._loop.call_soon_threadsafe
+        soon(self._write, client)
 
-    def _watch_writes(self, client: Paho, sock: Any) -> None:
-        if sock.fileno() >= 0:  # it may have been closed meanwhile
-            self._loop.add_writer(sock.fileno(), self._write, client)
+    def _on_socket_unregister_write(self, client: Paho, userdata: Any, sock: Any) -> None:
+        if self._is_watching:
+            self._is_watching = False
+            super()._on_socket_unregister_write(client, userdata, sock)
 
     def _write(self, client: Paho) -> None:
+        """Write what waits, as far as the socket takes it; the loop watches it for the rest."""
+        if not client.want_write():
+            return
         try:
             client.loop_write()
         except Exception as error:  # noqa: BLE001 - whatever it was, this connection cannot be trusted any more
             self._lose(_broken(self, str(error)))
+        sock = client.socket()
+        if client.want_write() and sock is not None and not self._is_watching:
+            self._is_watching = True
+            self._loop.add_writer(sock, self._write, client)
 
 
 class _Whisper(logging.Logger):

@@ -25,7 +25,7 @@ IN_FLIGHT: Final = 20
 """As many as a broker takes by default (its Receive Maximum); a smaller limit holds them back in the client."""
 FLEETING: Final = (Grant, Progress)
 """Said at QoS 0: one that is lost is made up for by the next.  A broker may let through one message of QoS 1 per round trip,
-and credit that waits for its turn runs out before it is given."""
+and credit that waits for its turn runs out before it is given.  Credit for whole objects is rare, and waited for longer."""
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Outgoing:
         except BadMessage as error:
             logger.error("not said: %s", error, extra={"action": "publish_refused", "topic": topic})
             return
-        self._queue.put_nowait((topic, payload, 0 if isinstance(body, FLEETING) else 1, retain))
+        self._queue.put_nowait((topic, payload, 0 if _is_fleeting(body) else 1, retain))
 
     def clear(self, topic: str) -> None:
         """Remove what is retained on a topic."""
@@ -87,3 +87,7 @@ class Outgoing:
             await bus.publish(topic, self._seal(topic, self.encode(body)), retain=True)
         except BusError as error:
             logger.debug("goodbye not said", extra={"action": "goodbye_failed", "error": str(error)})
+
+
+def _is_fleeting(body: Body) -> bool:
+    return isinstance(body, FLEETING) and not (isinstance(body, Grant) and body.by_store)

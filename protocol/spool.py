@@ -180,7 +180,7 @@ class Partial:
             if not os.path.samestat(os.fstat(file.fileno()), self._data.stat()):
                 raise Unavailable(f"{self.blob.xfer} was given up and begun anew while it was verified")
             if found == expected:
-                self._blobs.adopt(self._data, found)
+                self._blobs.adopt(self._data, found, is_synced=True)
             else:
                 self._data.unlink()
             with suppress(OSError):  # without its data the log says nothing

@@ -19,6 +19,7 @@ from protocol.errors import BadUpdate
 from protocol.messages import Wire
 
 F32 = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
 
 MAX_DIMENSION: Final = 2**24
 MAX_TENSOR_BYTES: Final = 2**32 - 1
@@ -48,18 +49,23 @@ def encode(array: F32, dtype: Wire) -> bytes:
             return to_bf16(array).astype("<u2", copy=False).tobytes()
 
 
-def decode(data: bytes | bytearray | memoryview, shape: tuple[int, ...], dtype: Wire) -> F32:
-    """A fresh, writable float32 array of `shape`.  Raises BadUpdate when `data` is not exactly as long as that takes."""
+def decode(data: bytes | bytearray | memoryview | Bytes, shape: tuple[int, ...], dtype: Wire) -> F32:
+    """A fresh, writable float32 array of `shape`, from bytes or rows of bytes.
+
+    Raises BadUpdate when `data` is not exactly as long as that takes.
+    """
     expected = size_bytes(shape, dtype)
-    if len(data) != expected:
-        raise BadUpdate(f"{len(data)} bytes cannot be {dtype} of shape {shape}: that takes {expected}")
+    rows = data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
+    if rows.size != expected:
+        raise BadUpdate(f"{rows.size} bytes cannot be {dtype} of shape {shape}: that takes {expected}")
+    raw = np.array(rows).reshape(-1)  # one copy, aligned
     match dtype:
         case "fp32":
-            return np.frombuffer(data, "<f4").astype(np.float32).reshape(shape)
+            return raw.view("<f4").astype(np.float32, copy=False).reshape(shape)
         case "fp16":
-            return np.frombuffer(data, "<f2").astype(np.float32).reshape(shape)
+            return raw.view("<f2").astype(np.float32).reshape(shape)
         case "bf16":
-            return from_bf16(np.frombuffer(data, "<u2")).reshape(shape)
+            return from_bf16(raw.view("<u2")).reshape(shape)
 
 
 def to_bf16(array: F32) -> npt.NDArray[np.uint16]:

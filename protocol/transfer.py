@@ -62,7 +62,7 @@ from protocol.windows import Window
 MAX_WINDOW: Final = 256
 """Chunks in flight to one peer; so also the most that one grant may name."""
 DEAF_TRIES: Final = 2
-"""Silences in a row after which a broadcast that was heard before is taken for ended; one that never was heard: the first."""
+"""Silences in a row after which a broadcast is taken for ended, or never to come; its sender may wait for others for a while."""
 
 
 class SendGrant(msgspec.Struct, frozen=True):
@@ -222,6 +222,13 @@ class Receiving:
         self._want(source)
         return [*actions, *self._serve(now)] if self._hungry else actions
 
+    def alive(self, peer: str, xfer: str, now: float) -> None:
+        """The sender has done its part, and it is for us to take it: nobody is silent."""
+        transfer = self._open.get((peer, xfer))
+        if transfer is not None and transfer.out:
+            transfer.tries = 0
+            self._arm(transfer, now)
+
     def tick(self, now: float) -> list[Action]:
         """Handle the timers that ran out; see `wake_at`."""
         self._paced_until = None
@@ -368,7 +375,7 @@ class Receiving:
         self._void(transfer)
         if transfer.tries < self.max_tries:
             self._want(peer)
-            is_deaf = transfer.listening and (not transfer.front or transfer.tries >= DEAF_TRIES)
+            is_deaf = transfer.listening and transfer.tries >= DEAF_TRIES
             return self._stop_listening(transfer) if is_deaf else []
         n, size = transfer.wanted.count, transfer.unit_bytes
         hint = "" if transfer.pace_s else f": does the broker pass on chunks of {size} bytes?  See broker.chunk_bytes"

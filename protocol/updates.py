@@ -17,7 +17,7 @@ a fault is a BadUpdate that names the matrix.  A flipped bit inside a value is t
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -27,16 +27,13 @@ import numpy as np
 from msgspec import Meta
 
 from protocol import files, manifest, quantized, tensors
-from protocol.adapters import Adapter, Factors
+from protocol.adapters import Adapter, Factors, Stack, runs
 from protocol.errors import BadUpdate
 from protocol.manifest import Entries, Entry, Header
 from protocol.messages import MAX_MATRICES, Count, UpdateDtype
-from protocol.tensors import F32
+from protocol.tensors import F32, Bytes
 
 _FRAME_BYTES: Final = 1 + 5 + 5
-_WINDOW_BYTES: Final = 16 * 1024
-"""A fold has a thousand updates open at once."""
-_FEW_VALUES: Final = 2**18
 
 
 MAX_SCORE: Final = 1e30
@@ -66,26 +63,6 @@ class LoraHeader(Header, frozen=True, kw_only=True):
     """By matrix, in the order of `matrices`, or none at all."""
 
 
-class _Window:
-    """The last piece of a file that was read: who reads small records in their order opens the file once for many."""
-
-    __slots__ = ("_path", "_piece")
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._piece = path, (0, memoryview(b""))
-
-    def read(self, offset: int, n_bytes: int) -> memoryview:
-        """So many bytes from `offset`; fewer where the file ends.  Raises OSError."""
-        start, data = self._piece  # one value, as another thread may read elsewhere at the same time
-        at = offset - start
-        if at < 0 or at + n_bytes > len(data):
-            with self._path.open("rb", buffering=0) as file:
-                data, at = memoryview(os.pread(file.fileno(), max(n_bytes, _WINDOW_BYTES), offset)), 0
-            if n_bytes <= _WINDOW_BYTES:
-                self._piece = offset, data
-        return data[at : at + n_bytes]
-
-
 @dataclass(frozen=True, slots=True)
 class LoraUpdate:
     """An update in low-rank factors on disk.  Holds the header and the places, no file descriptor and no values."""
@@ -96,7 +73,6 @@ class LoraUpdate:
     ranks: Mapping[str, int]
     """Rank of every matrix in the file; 0 for a matrix that was trained and did not move."""
     _places: Mapping[str, tuple[Entry, int]]
-    _window: _Window
 
     @classmethod
     def open(cls, path: Path, *, max_bytes: int) -> LoraUpdate:
@@ -108,12 +84,14 @@ class LoraUpdate:
             raise BadUpdate(f"{len(header.scores)} lists of scores for {len(header.matrices)} matrices")
         _check_scores(header.scores)
         places: dict[str, tuple[Entry, int]] = {}
-        for entry in header.matrices:
-            places[entry.name] = entry, end
-            end += _FRAME_BYTES + sum(_lengths(entry, header.dtype))
+        for run in _runs(header.matrices):
+            n_record = _FRAME_BYTES + sum(_lengths(run[0], header.dtype))
+            for at, entry in enumerate(run):
+                places[entry.name] = entry, end + at * n_record
+            end += len(run) * n_record
         if size != end:
             raise BadUpdate(f"update of {size} bytes should have {end} by its header: truncated or damaged, send again")
-        return cls(path, header, size, {entry.name: entry.rank for entry in header.matrices}, places, _Window(path))
+        return cls(path, header, size, {entry.name: entry.rank for entry in header.matrices}, places)
 
     @property
     def scores(self) -> dict[str, list[float]]:
@@ -138,24 +116,42 @@ class LoraUpdate:
 
     def check_values(self) -> None:
         """Read everything once, a few matrices at a time.  Raises BadUpdate for bad framing or a value that is not finite."""
-        few: list[tuple[str, Factors]] = []
-        n_values = 0
-        for name in self._places:
-            few.append((name, self.factors(name)))
-            n_values += few[-1][1].a.size + few[-1][1].b.size
-            if n_values >= _FEW_VALUES:
-                _check_all_finite(few)
-                few, n_values = [], 0
-        _check_all_finite(few)
+        for run in _runs(self.header.matrices):
+            names = [entry.name for entry in run]
+            _check_finite(names, self.stack(names))
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(d_out, d_in) of one matrix.  Raises KeyError for an unknown name."""
+        return self._places[name][0].shape
 
     def factors(self, name: str) -> Factors:
         """A and B of one matrix as float32.  Raises KeyError for an unknown name, BadUpdate when the file is damaged."""
-        entry, offset = self._places[name]
+        (factors,) = self.stack([name])
+        return factors
+
+    def stack(self, names: Sequence[str]) -> Stack:
+        """Those of matrices of one shape and rank that stand one behind the other in the file.  Raises as `factors`."""
+        entry, offset = self._places[names[0]]
         n_a, n_b = _lengths(entry, self.header.dtype)
-        record = self._window.read(offset, _FRAME_BYTES + n_a + n_b)
-        if len(record) != _FRAME_BYTES + n_a + n_b or record[:6] != _open_a(n_a) or record[6 + n_a :][:5] != _bin(n_b):
-            raise BadUpdate(f"record of matrix {name!r} is damaged: send the update again")
-        return _decode(entry, record[6 : 6 + n_a], record[11 + n_a :], self.header.dtype)
+        n_record, opening = _FRAME_BYTES + n_a + n_b, _open_a(n_a)
+        with self.path.open("rb", buffering=0) as file:
+            data = os.pread(file.fileno(), len(names) * n_record, offset)
+        if len(data) == len(names) * n_record:
+            records = np.frombuffer(data, np.uint8).reshape(len(names), n_record)
+            frame = np.frombuffer(opening + _bin(n_b), np.uint8)
+            at = len(opening) + n_a
+            sound = (records[:, : len(opening)] == frame[: len(opening)]).all(axis=1)
+            sound &= (records[:, at : at + 5] == frame[len(opening) :]).all(axis=1)
+            if sound.all():
+                return _decode(
+                    ((entry.rank, entry.d_in), (entry.d_out, entry.rank)),
+                    records[:, len(opening) : at],
+                    records[:, at + 5 :],
+                    self.header.dtype,
+                )
+        else:
+            sound = np.arange(len(names)) < len(data) // n_record
+        raise BadUpdate(f"record of matrix {names[int(np.argmin(sound))]!r} is damaged: send the update again")
 
 
 Update: TypeAlias = LoraUpdate
@@ -209,15 +205,14 @@ def write_update(
     )
     with files.replacing(path) as file:
         file.write(manifest.pack_header(header))
-        for entry in header.matrices:
-            file.write(_record(entry, adapter[entry.name], dtype))
+        for run in _runs(header.matrices):
+            file.write(_records([entry.name for entry in run], [adapter[entry.name] for entry in run], dtype))
         return file.tell()
 
 
-def _record(entry: Entry, factors: Factors, dtype: UpdateDtype) -> bytes:
-    a, b = _encode(factors.a, dtype), _encode(factors.b.T if dtype in _BY_COMPONENT else factors.b, dtype)
-    _check_finite(entry.name, _decode(entry, a, b, dtype))
-    return _open_a(len(a)) + a + _bin(len(b)) + b
+def _runs(entries: Entries) -> Iterator[Sequence[Entry]]:
+    """Matrices of one shape and rank, a few at a time."""
+    return runs(entries, lambda e: (e.rank, e.d_out, e.d_in), lambda e: e.rank * (e.d_out + e.d_in))
 
 
 def _packed(scores: Sequence[float]) -> bytes:
@@ -237,22 +232,37 @@ def _check_scores(scores: Sequence[bytes | list[float]]) -> None:
             raise BadUpdate(f"scores must be numbers from 0 to {MAX_SCORE:g}")
 
 
-def _encode(array: F32, dtype: UpdateDtype) -> bytes:
-    match dtype:
-        case "int8" | "nf4":
-            return quantized.encode(array, dtype)
-        case _:
-            return tensors.encode(array, dtype)
+def _records(names: Sequence[str], factors: Sequence[Factors], dtype: UpdateDtype) -> bytes:
+    """Those of matrices of one shape and rank.  Raises BadUpdate for a value that is not finite in `dtype`."""
+    stack = Stack.of(factors)
+    a, b = _encode(stack.a, dtype), _encode(stack.b.transpose(0, 2, 1) if dtype in _BY_COMPONENT else stack.b, dtype)
+    _check_finite(names, stack if dtype == "fp32" else _decode(stack.shapes, a, b, dtype))
+    (_, n_a), (_, n_b) = a.shape, b.shape
+    opening, middle = np.frombuffer(_open_a(n_a), np.uint8), np.frombuffer(_bin(n_b), np.uint8)
+    return np.hstack([np.tile(opening, (len(names), 1)), a, np.tile(middle, (len(names), 1)), b]).tobytes()
 
 
-def _decode(entry: Entry, a: bytes | memoryview, b: bytes | memoryview, dtype: UpdateDtype) -> Factors:
+def _encode(arrays: F32, dtype: UpdateDtype) -> Bytes:
+    """Bytes of arrays (k, r, d), each a row."""
     match dtype:
         case "int8" | "nf4":
-            columns = quantized.decode(b, (entry.rank, entry.d_out), dtype)
-            return Factors(quantized.decode(a, (entry.rank, entry.d_in), dtype), columns.T)
+            encoded = b"".join(quantized.encode(array, dtype) for array in arrays)
         case _:
-            rows = tensors.decode(a, (entry.rank, entry.d_in), dtype)
-            return Factors(rows, tensors.decode(b, (entry.d_out, entry.rank), dtype))
+            encoded = tensors.encode(arrays, dtype)
+    return np.frombuffer(encoded, np.uint8).reshape(len(arrays), -1)
+
+
+def _decode(shapes: tuple[tuple[int, int], tuple[int, int]], a: Bytes, b: Bytes, dtype: UpdateDtype) -> Stack:
+    """The way back; `shapes` are those of A and B of each matrix."""
+    (rank, d_in), (d_out, _) = shapes
+    match dtype:
+        case "int8" | "nf4":
+            rows = [quantized.decode(memoryview(row), (rank, d_in), dtype) for row in a]
+            columns = [quantized.decode(memoryview(row), (rank, d_out), dtype).T for row in b]
+            return Stack(np.stack(rows), np.stack(columns))
+        case _:
+            n = len(a)
+            return Stack(tensors.decode(a, (n, rank, d_in), dtype), tensors.decode(b, (n, d_out, rank), dtype))
 
 
 def _size_within(path: Path, max_bytes: int) -> int:
@@ -286,13 +296,9 @@ def _open_a(n_bytes: int) -> bytes:
     return b"\x92" + _bin(n_bytes)
 
 
-def _check_all_finite(named: Sequence[tuple[str, Factors]]) -> None:
+def _check_finite(names: Sequence[str], stack: Stack) -> None:
     """One look at all of them, and one at each only when something is wrong."""
-    if named and not np.isfinite(np.concatenate([side.reshape(-1) for _, f in named for side in (f.a, f.b)])).all():
-        for name, factors in named:
-            _check_finite(name, factors)
-
-
-def _check_finite(name: str, factors: Factors) -> None:
-    if not (np.isfinite(factors.a).all() and np.isfinite(factors.b).all()):
-        raise BadUpdate(f"matrix {name!r} has values that are not finite numbers")
+    if not (np.isfinite(stack.a).all() and np.isfinite(stack.b).all()):
+        for name, factors in zip(names, stack, strict=True):
+            if not (np.isfinite(factors.a).all() and np.isfinite(factors.b).all()):
+                raise BadUpdate(f"matrix {name!r} has values that are not finite numbers")

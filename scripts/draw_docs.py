@@ -17,6 +17,7 @@ import re
 import textwrap
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -26,7 +27,13 @@ import msgspec.inspect as mi
 from protocol import daemon, manifest, messages, models, topics, updates
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-PAGES: Final = ("docs/architecture.md", "docs/protocol.md", "docs/operations.md", "docs/reliability.md")
+PAGES: Final = (
+    "docs/architecture.md",
+    "docs/protocol.md",
+    "docs/operations.md",
+    "docs/reliability.md",
+    "docs/benchmarks.md",
+)
 PACKAGES: Final = ("protocol", "agent", "coordinator", "fedpipe")
 UNKNOWN: Final = "?"
 LEVELS: Final = {"debug": "debug", "info": "info", "warning": "warning", "error": "error", "exception": "error"}
@@ -283,11 +290,80 @@ def _exits() -> Iterator[Table]:
     yield Table("", ("code", "name", "when"), [(str(code), f"`{name}`") for code, name in codes])
 
 
+def _results(name: str) -> dict[str, typing.Any]:
+    found: dict[str, typing.Any] = json.loads((ROOT / "bench" / "results" / name).read_text(encoding="utf-8"))
+    return found
+
+
 def _fuzz() -> Iterator[Table]:
-    found = json.loads((ROOT / "bench" / "results" / "fuzz.json").read_text(encoding="utf-8"))
+    found = _results("fuzz.json")
     numbers = ("inputs", "crashes", "edges", "peak_mib", "seconds")
     rows = [(f"`{target}`", *(f"{row[name]:,}" for name in numbers)) for target, row in found.items()]
     yield Table("", ("target", "inputs", "crashes", "edges", "peak MiB", "s", "what it is"), rows)
+
+
+def _by_number(found: dict[str, typing.Any]) -> list[tuple[str, typing.Any]]:
+    return sorted(found.items(), key=lambda item: int(item[0]))
+
+
+def _scale_rounds(part: str) -> Iterator[Table]:
+    """Rounds of a growing fleet: seconds, processor seconds of each part, memory."""
+    rows = []
+    for n, run in _by_number(_results("scale.json")[part]):
+        cpu, peak = run["cpu_s"], run["peak_bytes"]
+        seconds = (f"{run['round_s']:.1f}", *(f"{run['phases'][name]:.1f}" for name in ("down", "up", "fold")))
+        spent = (f"{cpu['coordinator']:.2f}", f"{cpu['broker']:.2f}", f"{cpu['agent']:.2f}")
+        rows.append(
+            (
+                n,
+                *seconds,
+                *spent,
+                f"{run['peak_over_payload']:.1f}",
+                f"{peak['broker'] / 2**20:.0f}",
+                f"{run['load']:g}",
+            )
+        )
+    head = ("agents", "round, s", "down", "up", "fold", "CPU s: coordinator", "broker", "agents")
+    yield Table("", (*head, "coordinator's peak over idle, payloads", "broker's peak, MiB", "load"), rows, n_kept=0)
+
+
+def _scale_control() -> Iterator[Table]:
+    """The control plane, one column for each size of the fleet."""
+    runs = _by_number(_results("scale.json")["control"])
+    spent = {
+        f"{who}'s cores, {doing}": lambda run, who=who, doing=doing: f"{run[doing]['cores'][who]:.3f}"
+        for doing in ("idle", "training")
+        for who in ("coordinator", "broker")
+    }
+    mib = {
+        f"{who}'s peak, MiB": lambda run, who=who: f"{run['peak_bytes'][who] / 2**20:.0f}"
+        for who in ("coordinator", "broker")
+    }
+    told: dict[str, Callable[[typing.Any], str]] = {
+        "all are known to the coordinator, s": lambda run: f"{run['joined_s']:.1f}",
+        "all are surveyed and asked to train, s": lambda run: f"{run['survey_s']:.1f}",
+        "plan to ACCEPTED, median and last, s": lambda run: " and ".join(f"{s:.2f}" for s in run["accepted_s"]),
+        "all are free again after a cancel, s": lambda run: f"{run['cancelled_s']:.1f}",
+        "messages a second, idle": lambda run: f"{run['idle']['messages_per_s']['received']:.0f}",
+        "messages a second, training": lambda run: f"{run['training']['messages_per_s']['received']:.0f}",
+        **spent,
+        **mib,
+        "GET /v1/fleet, full and brief, s": lambda run: " and ".join(
+            f"{run['view_s'][k]:.2f}" for k in ("full", "brief")
+        ),
+        "after a kill -9 of the coordinator, s": lambda run: f"{run['back_s']['coordinator']:.0f}",
+        "after a kill -9 of the broker, s": lambda run: f"{run['back_s']['broker']:.0f}",
+        "messages that the broker dropped": lambda run: str(run["n_dropped"]),
+        "load of the machine before": lambda run: f"{run['load']:g}",
+    }
+    rows = [(what, *(tell(run) for _, run in runs)) for what, tell in told.items()]
+    yield Table("", ("", *(f"{int(n):,} agents" for n, _ in runs)), rows, n_kept=0)
+
+
+def _scale_exponents() -> Iterator[Table]:
+    found = _results("scale.json")["exponents"]
+    rows = [(name, ", ".join(f"{line} {value:.2f}" for line, value in lines.items())) for name, lines in found.items()]
+    yield Table("", ("what grows", "exponent of the processor time", "what it says"), rows)
 
 
 PARTS: Final[dict[str, Callable[[], Iterator[Table]]]] = {
@@ -301,6 +377,10 @@ PARTS: Final[dict[str, Callable[[], Iterator[Table]]]] = {
     "actions": _actions,
     "exits": _exits,
     "fuzz": _fuzz,
+    "scale_rounds": partial(_scale_rounds, "agents"),
+    "scale_heavy": partial(_scale_rounds, "heavy"),
+    "scale_control": _scale_control,
+    "scale_exponents": _scale_exponents,
 }
 
 

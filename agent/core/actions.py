@@ -24,13 +24,14 @@ class Say(Action, frozen=True, kw_only=True):
 class FetchModel(Action, frozen=True, kw_only=True):
     """Pull the global adapter, or its prefix of `size` bytes with digest `sha256`; comes back as ModelFetched or ModelLost.
 
-    `listen`: it may be broadcast.
+    `listen`: it may be broadcast; `by_store`: it can be had from an object store.
     """
 
     blob: Blob
     size: int
     sha256: str
     listen: bool = False
+    by_store: bool = False
 
 
 class DropModel(Action, frozen=True, kw_only=True):

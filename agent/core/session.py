@@ -211,8 +211,8 @@ class Session:
 
     def _fetch(self, plan: Plan) -> None:
         assert plan.model is not None
-        level, listen = self._level(plan), plan.broadcast
-        self._out.append(act.FetchModel(blob=plan.model, size=level.size, sha256=level.sha256, listen=listen))
+        level, how = self._level(plan), {"listen": plan.broadcast, "by_store": plan.by_store}
+        self._out.append(act.FetchModel(blob=plan.model, size=level.size, sha256=level.sha256, **how))
 
     def _level(self, plan: Plan) -> Level:
         assert plan.model is not None

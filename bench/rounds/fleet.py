@@ -168,7 +168,7 @@ def job(name: str, method: str, n_rounds: int, n_agents: int, max_rank: int) -> 
             "min_agents": n_agents,
             "start_agents": n_agents,
             "quorum_ratio": 1.0,
-            "train_s": 120.0,
+            "train_s": 600.0,
             "grace_s": 60.0,
             "wait_s": 60.0,
         },

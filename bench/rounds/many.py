@@ -8,7 +8,6 @@ For fleets of hundreds on one machine, where the coordinator and the broker are 
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from agent.config import AgentConfig
 from agent.daemon import Agent
 from agent.supervisor import ChildConfig, Supervisor
 from protocol import methods
+from protocol.daemon import set_up_logging
 
 
 class Inline(Supervisor):
@@ -64,5 +64,5 @@ async def main(configs: Sequence[AgentConfig]) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(name)s: %(message)s", level=logging.INFO)
+    set_up_logging()
     asyncio.run(main(msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=list[AgentConfig])))

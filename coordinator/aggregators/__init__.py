@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Final, Protocol, cast
 
 from protocol import plugins
-from protocol.adapters import Adapter, Factors
+from protocol.adapters import Adapter, Factors, Stack
 from protocol.errors import BadConfig
 
 
@@ -23,8 +23,14 @@ class Deltas(Protocol):
     def ranks(self) -> Mapping[str, int]:
         """Rank by matrix name, for every matrix that was trained."""
 
+    def shape(self, name: str) -> tuple[int, int]:
+        """(d_out, d_in) of one matrix."""
+
     def factors(self, name: str) -> Factors:
         """Those of one matrix; the kind says whether a change or the adapter itself.  Raises BadUpdate, OSError."""
+
+    def stack(self, names: Sequence[str]) -> Stack:
+        """Those of matrices of one shape and rank, between which in the order of names there is no other.  Raises as `factors`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +51,10 @@ class Aggregate:
     """The next model, and what there is to say about how it came to be.
 
     dropped_ratio: by matrix, the share (0..1) of the squared norm that the cut to `max_rank` took away.
-    norms: by (round, agent), the Frobenius norm of the whole update, to see one that is far out of line.
     """
 
     adapter: Adapter
     dropped_ratio: Mapping[str, float]
-    norms: Mapping[tuple[int, str], float]
 
 
 class Aggregator(Protocol):

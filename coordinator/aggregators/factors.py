@@ -14,21 +14,22 @@ Published baselines, here to be compared with.  An update holds the VALUES of an
 An agent of rank r takes the first r rows and columns, which is HetLoRA's truncation and the prefix of a model file.  The
 mean of products is not the product of means: sum p_i B_i times sum p_i A_i has cross terms that nobody trained.
 
-Cost per matrix: O((d_out + d_in) r) per update; norms O((d_out + d_in) r^2).  Memory: the model and one matrix in float64.
+Cost per matrix: O((d_out + d_in) r) per update; norms O((d_out + d_in) r^2).  Memory: the next model, and a few matrices in float64.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar
 
 import numpy as np
 
 from coordinator.aggregators import Aggregate, Weighted
 from coordinator.aggregators.product import check_range, in_order
-from protocol.adapters import F64, Factors, truncate
+from protocol.adapters import F64, Factors, Stack, runs, truncate
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,62 +44,71 @@ class Average:
     ) -> Aggregate:
         """See Aggregator.aggregate; server_lr moves the model that part of the way to the mean."""
         ordered = in_order(updates)
-        squared_norms = {(u.round, u.agent): 0.0 for u in ordered}
-        adapter, dropped_ratio = dict(model), {}
-        for name in sorted({name for u in ordered for name in u.update.ranks}):
-            trained = [u for u in ordered if name in u.update.ranks]
-            norms = [u.update.factors(name).norm() for u in trained] if self.by_norm else []
+        names = sorted({name for u in ordered for name in u.update.ranks})
+        adapter = {name: model[name] for name in sorted(model.keys() - set(names))}
+        dropped_ratio: dict[str, float] = {}
+        kept = model if server_lr != 1.0 else {}
+        for run in _alike(names, kept, ordered):
+            whole = self._mean(run, kept, [u for u in ordered if run[0] in u.update.ranks], server_lr)
+            for name, factors in zip(run, whole, strict=True):
+                adapter[name], dropped_ratio[name] = truncate(factors, max_rank), _dropped(factors, max_rank)
+        return Aggregate({name: factors for name, factors in adapter.items() if factors.rank}, dropped_ratio)
+
+    def _mean(
+        self, run: Sequence[str], kept: Mapping[str, Factors], trained: Sequence[Weighted], server_lr: float
+    ) -> Stack:
+        """Of matrices of one shape, which the same agents trained at the same ranks.  Raises BadUpdate as check_range."""
+        old = [(1.0 - server_lr, Stack.of([kept[name] for name in run]))] if run[0] in kept else []
+        shares = server_lr * self._shares(run, trained)
+        terms = ((share[:, None, None], u.update.stack(run)) for share, u in zip(shares, trained, strict=True))
+        rank = max([*(u.update.ranks[run[0]] for u in trained), *(stack.a.shape[1] for _, stack in old)])
+        d_out, d_in = trained[0].update.shape(run[0])
+        a, b = np.zeros((len(run), rank, d_in)), np.zeros((len(run), d_out, rank))
+        for scale, stack in chain(old, terms):
+            n = stack.a.shape[1]
+            for total, side in ((a[:, :n], stack.a), (b[:, :, :n], stack.b)):
+                term = side.astype(np.float64)
+                term *= scale
+                np.add(total, term, out=total)
+        with np.errstate(over="ignore"):
+            found = Stack(a.astype(np.float32), b.astype(np.float32))
+        if not (np.isfinite(found.a).all() and np.isfinite(found.b).all()):
+            for name, factors in zip(run, found, strict=True):
+                check_range(name, factors, trained)
+        return found
+
+    def _shares(self, run: Sequence[str], trained: Sequence[Weighted]) -> F64:
+        """What each agent counts in each matrix, (agents, matrices); they sum to one."""
+        weights = np.repeat([[u.weight] for u in trained], len(run), axis=1)
+        if self.by_norm:
+            norms = np.array([[factors.norm() for factors in u.update.stack(run)] for u in trained])
             # Before anything has moved all norms are zero, and then only the samples can decide.
-            shares = norms if any(norms) else [1.0] * len(trained)
-            weights = [u.weight * share for u, share in zip(trained, shares, strict=True)]
-            terms = self._terms(name, model, trained, weights, server_lr, squared_norms)
-            ranks = [u.update.ranks[name] for u in trained] + (
-                [model[name].rank] if _keeps(name, model, server_lr) else []
-            )
-            whole = _padded_sum(terms, max(ranks))
-            check_range(name, whole, squared_norms)
-            adapter[name], dropped_ratio[name] = truncate(whole, max_rank), _dropped(whole, max_rank)
-        left = {name: factors for name, factors in adapter.items() if factors.rank}
-        return Aggregate(left, dropped_ratio, {key: math.sqrt(square) for key, square in squared_norms.items()})
-
-    @staticmethod
-    def _terms(
-        name: str,
-        model: Mapping[str, Factors],
-        trained: Sequence[Weighted],
-        weights: Sequence[float],
-        server_lr: float,
-        squared_norms: dict[tuple[int, str], float],
-    ) -> Iterator[tuple[Factors, float]]:
-        """What is summed for one matrix, one at a time; adds up the squared norms of the updates on the way."""
-        if _keeps(name, model, server_lr):
-            yield model[name], 1.0 - server_lr
-        total = math.fsum(weights)
-        for u, weight in zip(trained, weights, strict=True):
-            factors = u.update.factors(name)
-            squared_norms[u.round, u.agent] += factors.norm() ** 2
-            yield factors, server_lr * (weight / total)
+            weights *= np.where(norms.any(axis=0), norms, 1.0)
+        return weights / [math.fsum(column) for column in weights.T]
 
 
-def _keeps(name: str, model: Mapping[str, Factors], server_lr: float) -> bool:
-    return name in model and server_lr != 1.0
+def _alike(names: Sequence[str], kept: Mapping[str, Factors], ordered: Sequence[Weighted]) -> Iterator[Sequence[str]]:
+    """Runs of matrices of one shape, which the same agents trained at the same ranks and the model holds at one rank."""
 
+    def sort(name: str) -> tuple[object, ...]:
+        trained = next(u for u in ordered if name in u.update.ranks)
+        return (
+            trained.update.shape(name),
+            kept[name].rank if name in kept else None,
+            *(u.update.ranks.get(name) for u in ordered),
+        )
 
-def _padded_sum(terms: Iterable[tuple[Factors, float]], rank: int) -> Factors:
-    a: F64 = np.zeros((0, 0))
-    b = a
-    for factors, scale in terms:
-        if not a.size:
-            d_out, d_in = factors.shape
-            a, b = np.zeros((rank, d_in)), np.zeros((d_out, rank))
-        a[: factors.rank] += scale * factors.a.astype(np.float64)
-        b[:, : factors.rank] += scale * factors.b.astype(np.float64)
-    with np.errstate(over="ignore"):
-        return Factors(a=a.astype(np.float32), b=b.astype(np.float32))
+    def n_values(name: str) -> int:
+        trained = [u for u in ordered if name in u.update.ranks]
+        return sum(trained[0].update.shape(name)) * max(u.update.ranks[name] for u in trained)
+
+    return runs(names, sort, n_values)
 
 
 def _dropped(whole: Factors, rank: int) -> float:
     """Share of the squared norms on the cut side, 0 to 1; the two sides need not be orthogonal."""
+    if whole.rank <= rank:
+        return 0.0
     kept = truncate(whole, rank).norm() ** 2
     cut = Factors(a=whole.a[rank:], b=whole.b[:, rank:]).norm() ** 2
     return cut / (kept + cut) if cut else 0.0

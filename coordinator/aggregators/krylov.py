@@ -53,14 +53,13 @@ class Term(NamedTuple):
 
 
 class Leading(NamedTuple):
-    """The components found, the share (0..1) of the squared norm that they leave out, and each term's squared norm.
+    """The components found, and the share (0..1) of the squared norm that they leave out.
 
     The share is estimated: what the blocks have seen is exact, the rest comes from eight random directions.
     """
 
     factors: Factors
     dropped_ratio: float
-    squared_norms: list[float]
 
 
 def fits(rank: int, shape: tuple[int, int]) -> bool:
@@ -93,7 +92,7 @@ def leading(name: str, terms: Sequence[Term], rank: int) -> Leading:
     n_true = int(np.count_nonzero(found.singular > _ROUNDING * max(found.singular.max(initial=0.0), stack.norm)))
     factors = truncate(found.to_factors(), n_true)
     whole = _energy(y) + _energy(_beside(v, probes)) / _PROBES
-    return Leading(factors, max(0.0, 1 - energy / whole) if whole else 0.0, stack.squared_norms)
+    return Leading(factors, max(0.0, 1 - energy / whole) if whole else 0.0)
 
 
 class _Stack:
@@ -106,19 +105,17 @@ class _Stack:
     def __init__(self, terms: Sequence[Term]) -> None:
         self._terms, self._parts = terms, list(_parts(terms))
         self._held: dict[range, tuple[F32, F32]] = {}
-        self.squared_norms: list[float] = []
+        squared_norms: list[float] = []
         sizes: list[float] = []
         free_bytes = HELD_BYTES
         for part in self._parts:
-            chunk = self._read(part, sizes)
+            chunk = self._read(part, (sizes, squared_norms))
             free_bytes -= sum(side.nbytes for side in chunk)
             if free_bytes >= 0:
                 self._held[part] = chunk
         self.shape = chunk[0].shape[1], chunk[1].shape[1]
         self.unit = max(map(abs, sizes)) or 1.0
-        self.norm = math.sqrt(
-            math.fsum(t.scale**2 * square for t, square in zip(terms, self.squared_norms, strict=True))
-        )
+        self.norm = math.sqrt(math.fsum(t.scale**2 * square for t, square in zip(terms, squared_norms, strict=True)))
         shares = np.array(sizes) / self.unit
         ranks = [term.rank for term in terms]
         self._scales = {
@@ -138,8 +135,8 @@ class _Stack:
         for part in self._parts:
             yield self._scales[part], *(self._held.get(part) or self._read(part))
 
-    def _read(self, part: range, sizes: list[float] | None = None) -> tuple[F32, F32]:
-        """Columns of B and rows of A as rows, every term divided by its largest entries; `sizes` and norms, if asked."""
+    def _read(self, part: range, noted: tuple[list[float], list[float]] | None = None) -> tuple[F32, F32]:
+        """Columns of B and rows of A as rows, every term divided by its largest entries; sizes and squared norms are `noted`."""
         sides: tuple[list[F32], list[F32]] = [], []
         for term in (self._terms[i] for i in part):
             factors, size = term.read(), 1.0
@@ -147,10 +144,11 @@ class _Stack:
                 peak = max(float(rows.max(initial=0.0)), -float(rows.min(initial=0.0))) or 1.0
                 side.append(rows / np.float32(peak))
                 size *= peak
-            if sizes is not None:
+            if noted is not None:
+                sizes, squared_norms = noted
                 sizes.append(term.scale * size)
                 b, a = (side[-1] @ side[-1].T for side in sides)
-                self.squared_norms.append(max(0.0, float(np.sum(b * a, dtype=np.float64))) * size**2)
+                squared_norms.append(max(0.0, float(np.sum(b * a, dtype=np.float64))) * size**2)
         return np.concatenate(sides[0]), np.concatenate(sides[1])
 
 

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -86,7 +86,6 @@ def sum_of_products(
     Aggregator.aggregate.
     """
     ordered = in_order(updates)
-    squared_norms = {(u.round, u.agent): 0.0 for u in ordered}
     names = sorted({name for u in ordered for name in u.update.ranks})
     adapter: Adapter = {name: model[name] for name in sorted(model.keys() - set(names))}
     dropped_ratio: dict[str, float] = {}
@@ -99,14 +98,11 @@ def sum_of_products(
     try:
         for name, found in zip(names, workers.map(work, names), strict=True):
             adapter[name], dropped_ratio[name] = found.factors, found.dropped_ratio
-            trained = _trained(name, ordered)
-            for u, square in zip(trained, found.squared_norms[-len(trained) :], strict=True):
-                squared_norms[u.round, u.agent] += square
-            check_range(name, adapter[name], squared_norms)
+            check_range(name, adapter[name], ordered)
     finally:
         workers.shutdown(cancel_futures=True)
     left = {name: factors for name, factors in adapter.items() if factors.rank}
-    return Aggregate(left, dropped_ratio, {key: math.sqrt(square) for key, square in squared_norms.items()})
+    return Aggregate(left, dropped_ratio)
 
 
 def _is_large(ordered: Sequence[Weighted]) -> bool:
@@ -118,11 +114,13 @@ def _is_large(ordered: Sequence[Weighted]) -> bool:
     return ranks[name] * sum(ordered[0].update.factors(name).shape) * len(ordered) >= _LARGE_VALUES
 
 
-def check_range(name: str, factors: Factors, squared_norms: Mapping[tuple[int, str], float]) -> None:
-    """Raises BadUpdate, naming the largest update's agent, where a sum of finite numbers is none."""
+def check_range(name: str, factors: Factors, ordered: Sequence[Weighted]) -> None:
+    """Raises BadUpdate, naming the agent whose update of this matrix is the largest, where a sum of finite numbers is none."""
     if not (np.isfinite(factors.a).all() and np.isfinite(factors.b).all()):
-        _, agent = max(squared_norms, key=squared_norms.__getitem__)
-        raise BadUpdate(f"the sum of matrix {name!r} leaves float32's range: drop {agent}'s, by far the largest")
+        largest = max(_trained(name, ordered), key=lambda u: u.update.factors(name).norm())
+        raise BadUpdate(
+            f"the sum of matrix {name!r} leaves float32's range: drop {largest.agent}'s, by far the largest"
+        )
 
 
 def in_order(updates: Sequence[Weighted]) -> list[Weighted]:
@@ -161,16 +159,20 @@ def _leading(name: str, terms: Sequence[Term], max_rank: int, stack_width: int) 
     return _exactly(terms, max_rank, stack_width)
 
 
-def _exactly(terms: Iterable[Term], rank: int, width: int) -> Leading:
-    columns, rows, squared_norms, dropped = [], [], [], 0.0
+def _exactly(terms: Sequence[Term], rank: int, width: int) -> Leading:
+    """All terms side by side in one array, of which as much is used as there is; cut whenever it is wider than `width`."""
+    n_columns, n, dropped = sum(term.rank for term in terms), 0, 0.0
+    d_out, d_in = terms[0].read().shape
+    held = min(n_columns, max(rank, width) + max(term.rank for term in terms))
+    b, a = np.empty((d_out, held)), np.empty((held, d_in))
     for term in terms:
-        factors = term.read()
-        squared_norms.append(factors.norm() ** 2)
-        columns.append(factors.b * np.float64(term.scale))
-        rows.append(factors.a.astype(np.float64))
-        if sum(len(a) for a in rows) > width:
-            cut = principal(np.hstack(columns), np.vstack(rows), max(rank, width // 2))
-            columns, rows, dropped = [cut.b], [cut.a], dropped + cut.dropped_energy
-    whole = principal(np.hstack(columns), np.vstack(rows), rank)
+        factors, end = term.read(), n + term.rank
+        np.multiply(factors.b, np.float64(term.scale), out=b[:, n:end])
+        a[n:end], n = factors.a, end
+        if n > width:
+            cut = principal(b[:, :n], a[:n], max(rank, width // 2))
+            n, dropped = len(cut.a), dropped + cut.dropped_energy
+            b[:, :n], a[:n] = cut.b, cut.a
+    whole = principal(b[:, :n], a[:n], rank)
     energy = whole.energy + dropped
-    return Leading(whole.to_factors(), (whole.dropped_energy + dropped) / energy if energy else 0.0, squared_norms)
+    return Leading(whole.to_factors(), (whole.dropped_energy + dropped) / energy if energy else 0.0)

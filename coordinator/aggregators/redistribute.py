@@ -20,7 +20,7 @@ from typing import ClassVar
 import numpy as np
 
 from coordinator.aggregators import Aggregate, Weighted
-from coordinator.aggregators.product import check_range, sum_of_products
+from coordinator.aggregators.product import check_range, in_order, sum_of_products
 from protocol.adapters import Factors
 
 
@@ -35,11 +35,11 @@ class Redistribute:
     ) -> Aggregate:
         """See Aggregator.aggregate; server_lr moves the model that part of the way to the mean."""
         mean = sum_of_products(model, updates, kept=1.0 - server_lr, server_lr=server_lr, max_rank=max_rank)
-        squared_norms = {key: norm**2 for key, norm in mean.norms.items()}
+        ordered = in_order(updates)
         adapter = dict(mean.adapter)
         for name in mean.dropped_ratio.keys() & adapter.keys():
             adapter[name] = _one_sided(adapter[name])
-            check_range(name, adapter[name], squared_norms)
+            check_range(name, adapter[name], ordered)
         return replace(mean, adapter=adapter)
 
 

@@ -21,7 +21,7 @@ from coordinator.core import events as ev
 from coordinator.core import planning, steering, survey, uploads
 from coordinator.core.job import Job
 from coordinator.core.roster import Roster
-from coordinator.core.state import ENDED, STATE_VERSION, AgentState, FleetState, JobState, Phase
+from coordinator.core.state import ENDED, STATE_VERSION, AgentState, FleetState, JobState, Phase, Share
 from protocol.errors import BadConfig
 from protocol.messages import TERMINAL, ExecState
 
@@ -105,6 +105,22 @@ class Fleet:
             job = Job(state, self.roster, now, out)
             job.resume()
             uploads.resume(job)
+        return out
+
+    def open_share(self, agent: AgentState) -> Share | None:
+        """What an agent should be at; None when that is nothing."""
+        job = self.state.jobs.get(agent.task)
+        if job is None:
+            return None
+        member = job.members.get(agent.id)
+        shares = (member.survey if member else None, job.round.shares.get(agent.id) if job.round else None)
+        return next((share for share in shares if share and share.state not in TERMINAL), None)
+
+    def remind(self, agent: str, now: float) -> list[act.Wish]:
+        """The plan of an agent's open share once more.  Changes nothing; O(jobs under way)."""
+        out: list[act.Wish] = []
+        for state in self._under_way():
+            Job(state, self.roster, now, out).rejoined(agent, reborn=False)
         return out
 
     # ------------------------------------------------------------------------------------------------------- dispatch

@@ -59,7 +59,8 @@ set_tcp_nodelay true
 max_packet_size 2162688
 # for one slow client, beyond which its messages are dropped; fedpipe grants far less
 max_queued_bytes 67108864
-max_queued_messages 1000
+# beyond which mosquitto drops whatever it has for a client, acknowledgements too: ten for each agent, or its default of 1000
+max_queued_messages 100000
 persistent_client_expiration 1d
 """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,6 +74,7 @@ def coordinator(config: CoordinatorConfig, place: Path, how: How) -> list[Series
         _broker(broker, (), lambda: _coordinator_session(config, broker, how)),
         Series(("certificate",), lambda: network.own_certificate(broker.cert_file, "")),
         Series(("authority",), lambda: _authority(trust)),
+        Series(("bulk",), lambda: _bulk(config), BRIEF_S),
         Series(("private-files",), lambda: machine.private(secrets)),
         Series(("state-dir", "disk"), lambda: machine.state_dir(folder, config.keep.min_free_bytes)),
         Series(("memory", "open-files"), machine.memory),
@@ -118,6 +121,24 @@ def _authority(trust: Path) -> Iterator[Finding]:
         yield warning("authority", text, "`fedpipe-coordinator ca rotate`: every agent must renew once before its end")
     else:
         yield ok("authority", text)
+
+
+def _bulk(config: CoordinatorConfig) -> Iterator[Finding]:
+    """Finding bulk: whether the object store does what is asked of it."""
+    from coordinator.bucket import Bucket, prove
+
+    if not config.bulk.url:
+        yield skipped("bulk", "models and updates go over the broker")
+        return
+    bucket = Bucket(config.bulk)
+    began_s = time.monotonic()
+    asyncio.run(prove(bucket, f"doctor-{secrets.token_hex(8)}"))
+    text = f"{config.bulk.url} takes, gives and deletes an object in {1000 * (time.monotonic() - began_s):.0f} ms"
+    if bucket.plain_hosts - {"127.0.0.1", "::1", "localhost"}:
+        advice = "write https:// in bulk.endpoint, or name it in limits.http_hosts of every agent"
+        yield warning("bulk", f"{text}, but without TLS, where no agent follows", advice)
+    else:
+        yield ok("bulk", text)
 
 
 def _trust(config: CoordinatorConfig) -> Path:

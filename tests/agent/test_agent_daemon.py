@@ -253,6 +253,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AgentConfig:
     (base / "config.json").write_text("{}")
     (base / "model.safetensors").write_bytes(b"")
     return AgentConfig(
+        probe_within_s=0,
         agent="a1",
         state_dir=str(tmp_path / "agent"),
         methods=["plugged"],
@@ -631,6 +632,14 @@ async def test_the_uplink_is_measured_once_before_anything_was_uploaded(stage: S
     await cloud.hears_of("DONE")
     assert probes == [1, CHUNK], "not at every connection"
     assert agent.link.up_bytes_per_s > 0
+
+
+async def test_an_agent_that_has_yet_to_measure_its_uplink_stops_at_once(stage: Stage, cloud: Cloud) -> None:
+    stage.config = msgspec.structs.replace(stage.config, probe_within_s=10**6)
+    agent = await stage.start()
+    await cloud.hears(Presence, online=True)
+    await stage.stop()
+    assert agent.link.up_bytes_per_s == 0
 
 
 async def test_an_uplink_that_is_not_to_be_measured_is_not(stage: Stage, cloud: Cloud) -> None:

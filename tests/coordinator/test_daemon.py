@@ -52,6 +52,7 @@ from protocol.messages import (
     Progress,
     Rebirth,
     Refuse,
+    Report,
     Surveyed,
 )
 from protocol.models import read_model
@@ -898,6 +899,57 @@ async def test_a_vanished_agent_is_gone_at_once_and_a_silent_one_soon(tmp_path: 
             assert isinstance(await stage.peers["bb"].commands.get(), Rebirth)
         stage.peers["bb"].birth()
         await stage.until(lambda one: one.fleet.state.agents["bb"].online)
+
+
+async def beating(stage: Stage, holds: Callable[[], bool]) -> None:
+    """The idle heartbeats of peer "a", until something holds; on a busy machine it may be taken for silent meanwhile."""
+    a = stage.peers["a"]
+    async with asyncio.timeout(PATIENCE_S):
+        while not holds():
+            a.say("progress", Progress())
+            await asyncio.sleep(0.01)
+            if not a.commands.empty():
+                a.commands.get_nowait()
+                a.birth()
+
+
+async def test_the_plan_is_said_again_to_an_agent_that_idles_although_its_share_is_open(tmp_path: Path) -> None:
+    lost: list[str] = []
+
+    def drop(topic: str, payload: bytes) -> bool:
+        said = codec.decode(payload).b if topic.endswith("/exec") and not lost else None
+        if not isinstance(said, Execution) or said.state is not ExecState.DONE:
+            return False
+        lost.append(topic)
+        return True
+
+    async with AsyncExitStack() as stack:
+        stage = await stack.enter_async_context(Stage(tmp_path, stack, heartbeat_s=0.15))
+        await stage.start()
+        stage.broker.drop = drop
+        await stage.peer("a")
+        stage.peers["a"].say("report", Report())
+        await stage.until(lambda one: one.fleet.state.agents.get("a") and one.fleet.state.agents["a"].report)
+        await stage.submit(job_spec(1))
+        await beating(stage, lambda: stage.job().phase in ENDED)
+        assert lost, "nothing was lost, so nothing was shown"
+        assert stage.job().phase is Phase.COMPLETED
+        assert [plan.round for plan in stage.peers["a"].plans].count(0) >= 2
+        assert stage.coordinator.meter.n_connects == 1
+
+
+async def test_a_broker_that_brings_nothing_but_heartbeats_is_left_and_found_again(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        stage = await stack.enter_async_context(Stage(tmp_path, stack, heartbeat_s=0.15))
+        await stage.start()
+        await stage.peer("a")
+        stage.peers["a"].say("report", Report())
+        await stage.until(lambda one: one.fleet.state.agents.get("a"))
+        stage.broker.drop = lambda topic, _: topic.endswith("/exec") and stage.coordinator.meter.n_connects == 1
+        await stage.submit(job_spec(1))
+        await beating(stage, lambda: stage.job().phase in ENDED)
+        assert stage.job().phase is Phase.COMPLETED
+        assert stage.coordinator.meter.n_connects == 2
 
 
 async def test_a_cancelled_job_tells_its_agents_to_stop(stage: Stage) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fedpipe.broker import MALLOC
+
 DEPLOY = Path(__file__).parents[2] / "deploy"
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
 EXPOSURE = "20"
@@ -56,6 +58,11 @@ def test_the_broker_is_reloaded_after_every_file_that_is_kept_up_to_date() -> No
     )
     assert watched == [f"/etc/mosquitto/fedpipe/{name}" for name in ("acl", "ca.pem", "crl.pem", "server.pem")]
     assert "ReadWritePaths=-/etc/mosquitto/fedpipe\n" in (DEPLOY / "systemd/fedpipe-coordinator.service").read_text()
+
+
+def test_mosquitto_keeps_its_pages_under_systemd_as_elsewhere() -> None:
+    (line,) = re.findall("^Environment=(.*)$", (DEPLOY / "mosquitto/malloc.conf").read_text(), re.MULTILINE)
+    assert line == " ".join(f"{name}={n_bytes}" for name, n_bytes in MALLOC.items())
 
 
 def test_little_of_the_machine_is_exposed(unit: Path) -> None:

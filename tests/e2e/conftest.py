@@ -4,12 +4,15 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 import tomli_w
@@ -61,6 +64,7 @@ class Fleet:
         self.base, self.texts = base, texts
         self.limits: dict[str, dict[str, Any]] = {}
         self.settings: dict[str, Any] = {}
+        self.cloud: dict[str, Any] = {}
         self.chunk_bytes = 256 * 1024
         self.broker_lines: list[str] = []
         self.port = free_port()
@@ -79,7 +83,7 @@ class Fleet:
         await self.cluster.add_daemon(
             "coordinator",
             "coordinator",
-            self.common("coordinator") | {"web": {"port": self.port}},
+            self.common("coordinator") | {"web": {"port": self.port}} | self.cloud,
         )
         for agent in self.texts.keys() - {absent} if has_agents else ():
             await self.add_agent(agent)
@@ -99,7 +103,7 @@ class Fleet:
     async def add_agent(self, agent: str) -> None:
         config = {
             "agent": agent,
-            "limits": self.limits.get(agent, {}),
+            "limits": {"http_hosts": ["127.0.0.1"]} | self.limits.get(agent, {}),
             "progress_s": 0.5,
             "data": {"default": {"path": str(self.texts[agent])}},
             "base": {"model_dirs": [str(self.base.parent)]},
@@ -156,6 +160,16 @@ class Fleet:
                 if job and job.phase in ENDED:
                     return job
                 await asyncio.sleep(0.2)
+
+    async def moved(self) -> dict[str, float]:
+        """Bytes that the coordinator sent and received, by route."""
+        found = {"bus": 0.0, "store": 0.0}
+        async with httpx.AsyncClient() as client:
+            text = (await client.get(f"http://127.0.0.1:{self.port}/metrics")).text
+        for line in text.splitlines():
+            if line.startswith(("fedpipe_sent_bytes_total{", "fedpipe_received_bytes_total{")):
+                found[line.split('"')[1]] += float(line.rpartition(" ")[2])
+        return found
 
     async def kill(self, name: str) -> None:
         process = self.cluster.members[name].process
@@ -245,6 +259,30 @@ def armed_fleet(base: Path, texts: dict[str, Path]) -> Callable[[Path], ArmedFle
 
 
 @pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Any]]:
+    """An S3 server with a bucket: started by a call, which brings the [bulk] table for it and its process."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    started: list[subprocess.Popen[bytes]] = []
+
+    async def start() -> tuple[dict[str, Any], subprocess.Popen[bytes]]:
+        port = free_port()
+        command = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)]
+        started.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))  # noqa: ASYNC220
+        await port_open("127.0.0.1", port, 60, "the S3 server")
+        endpoint = f"http://127.0.0.1:{port}"
+        headers = {"Authorization": "AWS4-HMAC-SHA256 Credential=test/20261120/us-east-1/s3/aws4_request"}
+        async with httpx.AsyncClient() as client:
+            (await client.put(f"{endpoint}/bulk", headers=headers)).raise_for_status()
+        return {"url": "s3://bulk/lab", "endpoint": endpoint, "min_bytes": 0}, started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
 def fleet(tmp_path: Path, base: Path, texts: dict[str, Path]) -> Callable[[str], Any]:
     @asynccontextmanager
     async def running(
@@ -252,10 +290,12 @@ def fleet(tmp_path: Path, base: Path, texts: dict[str, Path]) -> Callable[[str],
         absent: str = "",
         limits: dict[str, dict[str, Any]] | None = None,
         broker_lines: Sequence[str] = (),
+        cloud: dict[str, Any] | None = None,
         **settings: Any,
     ) -> AsyncIterator[Fleet]:
         found = Fleet(tmp_path / "fleet", base, texts)
         found.limits, found.broker_lines, found.settings = limits or {}, list(broker_lines), settings
+        found.cloud = cloud or {}
         try:
             await found.start(broker, absent)
             yield found

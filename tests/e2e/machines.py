@@ -262,7 +262,8 @@ class Machines:
             conf.write_text(
                 self._local(machine, f"user {getpass.getuser()}\nlog_dest stdout\ninclude_dir {included}\n")
             )
-            await self.cluster.add(name, [mosquitto_command(self.broker_port, self.folder / "bin")[0], "-c", str(conf)])
+            *command, _ = mosquitto_command(self.broker_port, self.folder / "bin")
+            await self.cluster.add(name, [*command, str(conf)])
         else:
             role = unit.removeprefix("fedpipe-")
             config = self.place(machine, f"/etc/fedpipe/{role}.toml")

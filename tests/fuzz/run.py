@@ -29,7 +29,7 @@ RSS_LIMIT_MB: Final = 768
 TIMEOUT_S: Final = 20
 MAX_KEPT: Final = 24
 """Inputs per target in the corpus: it is replayed in every run of the tests."""
-MAX_BYTES: Final = {"tar": 8192, "codec": 4096, "frame": 2048, "update": 1024, "model": 1024}
+MAX_BYTES: Final = {"tar": 8192, "codec": 4096, "frame": 2048, "update": 1024, "model": 1024, "transfer": 256}
 """Longest input that is made; scripts of machines are told in 512 bytes."""
 
 

@@ -34,6 +34,7 @@ from protocol.messages import (
     Level,
     Matrix,
     Offer,
+    Placed,
     Plan,
     Point,
     Presence,
@@ -76,6 +77,8 @@ WORDS: Final[list[Body]] = [
     ),
     Offer(**WHICH, kind="lora", blob=BLOB, samples=4, loss=1.0),
     Grant(xfer="a" * 32, ranges=[(0, 8), (12, 1)]),
+    Grant(xfer="a" * 32, ranges=[(0, 8)], by_store=True, urls=["https://store.example/x"]),
+    Placed(xfer="a" * 32, ranges=[(0, 8)], urls=["https://store.example/x"]),
     Done(xfer="a" * 32),
     Refuse(xfer="a" * 32, reason="superseded", retry_after_s=3.0),
     Plan(

@@ -52,6 +52,23 @@ def fleet(*peers: str) -> Broadcasts:
 # --------------------------------------------------------------------------------------------------------------- stories
 
 
+def test_the_first_chunk_waits_while_more_keep_coming_but_not_for_long() -> None:
+    some = fleet("x", "y", "z", "absent")
+    for at, peer in ((0.0, "x"), (0.9, "y"), (1.8, "z")):
+        some.granted(peer, MODEL, grant((0, 1)), at)
+        assert sent(some, at) == []
+    assert sent(some, 2.7) == []
+    assert sent(some, 2.9) == to_all(0), "nobody came for a second"
+    names = [f"a-{number}" for number in range(40)]
+    many, first_at = fleet(*names, "absent"), None
+    for number, peer in enumerate(names):
+        many.granted(peer, MODEL, grant((0, 1)), 0.5 * number)
+        if first_at is None and sent(many, 0.5 * number):
+            first_at = 0.5 * number
+    assert first_at is not None
+    assert 11 <= first_at <= 11.5, "those who came first would begin to doubt"
+
+
 def test_nothing_is_sent_before_all_have_asked_and_then_once() -> None:
     some = fleet("x", "y", "z")
     some.granted("x", MODEL, grant((0, 4)), 0)

@@ -5,31 +5,26 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import resource
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from random import Random
-from typing import Any, Self
+from typing import Any
 
+import msgspec
 import pytest
 
-from protocol import codec
-from protocol.blobs import Blobs
-from protocol.broadcast import EVERYONE
-from protocol.bus import Connected, Received
+from bench.transfer_live.node import CLOUD, Node, blob_of
+from protocol.bus import Connected
 from protocol.errors import BadMessage
-from protocol.exchange import Exchange, Lost, Outcome, Pulled
+from protocol.exchange import Lost, Outcome, Pulled
 from protocol.frames import encode_frame
 from protocol.memory_bus import MemoryBroker
-from protocol.messages import Blob, Done, Grant, Refuse
-from protocol.outgoing import Outgoing
+from protocol.messages import Blob, Done, Grant, Placed, Refuse
 from protocol.spool import Spool
-from protocol.topics import FromCoordinator, Topics
-from protocol.transfer import Receiving
+from protocol.topics import Topics
 
 CHUNK = 1024
-CLOUD = "coordinator"
 FOR_EVER = {"timeout_s": 1e6, "max_timeout_s": 1e6}
 """With these a transfer never goes on because of a timer."""
 IMPATIENT = {"timeout_s": 0.02, "max_timeout_s": 0.5}
@@ -37,112 +32,39 @@ PATIENCE_S = 60.0
 topics = Topics("lab")
 
 
-class Side:
-    """One daemon as far as transfers go: an Exchange, a bus, and files on offer.  `name` is the coordinator's or an agent's."""
+class Side(Node):
+    """One daemon as far as transfers go, on a bus in memory, with what it heard and what it could not take."""
 
     def __init__(
         self, broker: MemoryBroker, folder: Path, name: str = CLOUD, max_bytes: int = 2**30, **rules: Any
     ) -> None:
-        self.name = name
-        self.bus = broker.bus(name)
-        self.blobs = Blobs(folder / name)
-        self.outgoing = Outgoing(time.monotonic)
-        self.outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
+        super().__init__(broker.bus(name), topics, folder, name, max_bytes=max_bytes, **{**FOR_EVER, **rules})
         self.heard: asyncio.Queue[Done | Refuse] = asyncio.Queue()
         self.bad: list[str] = []
         self.n_grants = 0
-        self.connected = asyncio.Event()
-        self._files: dict[str, Path] = {}
-        self._moved = asyncio.Event()
-        self.exchange = Exchange(
-            bus=self.bus,
-            spool=Spool(self.blobs, max_bytes=max_bytes),
-            receiving=Receiving(**{**FOR_EVER, **rules}),
-            clock=time.monotonic,
-            say=self._say,
-            chunk_topic=self._chunk_topic,
-            blob_topic=topics.blob,
-            source=self._files.get,
-            outcome=self.outcomes.put,
-        )
+        self.moved = asyncio.Event()
 
-    async def __aenter__(self) -> Self:
-        self._stack = await AsyncExitStack().__aenter__()
-        await self._stack.enter_async_context(self.bus)
-        mine = topics.coordinator_subscriptions() if self.name == CLOUD else topics.agent_subscriptions(self.name)
-        await self.bus.subscribe(*mine)
-        work = (self._read(), self._tick(), self.exchange.run(), self.outgoing.run(self.bus))
-        self._tasks = [asyncio.create_task(one) for one in work]
-        await self.connected.wait()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        """As if killed: whatever is under way stays as it is."""
-        for task in self._tasks:
-            task.cancel()
-        for ended in await asyncio.gather(*self._tasks, return_exceptions=True):
-            assert isinstance(ended, asyncio.CancelledError), ended
-        await self._stack.aclose()
-
-    def _chunk_topic(self, peer: str, xfer: str) -> str:
-        if self.name != CLOUD:
-            return topics.up_chunk(self.name, xfer)
-        return topics.blob(xfer) if peer == EVERYONE else topics.down_chunk(peer, xfer)
-
-    def _say(self, peer: str, message: Grant | Done | Refuse) -> None:
+    def say(self, peer: str, message: Grant | Placed | Done | Refuse) -> None:
         self.n_grants += isinstance(message, Grant)
-        topic = topics.down(peer, "grant") if self.name == CLOUD else topics.up(self.name, "answer")
-        self.outgoing.say(topic, message)
+        super().say(peer, message)
 
-    async def _read(self) -> None:
-        while True:
-            match await self.bus.next():
-                case Connected():
-                    self.exchange.connected()
-                    self.connected.set()
-                case Received(topic, payload, _):
-                    try:
-                        self._receive(topic, payload)
-                    except BadMessage as error:
-                        self.bad.append(str(error))
-            self._moved.set()
+    def receive(self, topic: str, payload: bytes) -> None:
+        try:
+            super().receive(topic, payload)
+        except BadMessage as error:
+            self.bad.append(str(error))
+        self.timer.moved()
+        self.moved.set()
 
-    def _receive(self, topic: str, payload: bytes) -> None:
-        place = topics.parse(topic)
-        if isinstance(place, FromCoordinator):
-            self.exchange.chunk(CLOUD, place.name, payload, heard=True)
-            return
-        peer = place.agent if self.name == CLOUD else CLOUD
-        if place.leaf == "d":
-            self.exchange.chunk(peer, place.xfer, payload)
-            return
-        match codec.decode(payload).b:
-            case Grant() as grant:
-                self.exchange.granted(peer, grant)
-            case Done() | Refuse() as answer:
-                self.heard.put_nowait(answer)
+    def hear(self, answer: Done | Refuse) -> None:
+        self.heard.put_nowait(answer)
 
-    async def _tick(self) -> None:
-        while True:
-            self._moved.clear()
-            due = self.exchange.wake_at
-            with suppress(TimeoutError):
-                async with asyncio.timeout(None if due is None else max(0.0, due - time.monotonic())):
-                    await self._moved.wait()
-            self.exchange.tick()
-
-    def offer(self, path: Path, **changes: Any) -> Blob:
-        """Have this file ready for whoever asks."""
-        data = path.read_bytes()
-        said = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "chunk": CHUNK}
-        blob = Blob(**said | changes)
-        self._files[blob.xfer] = path
-        self.exchange.sending.add(blob)
+    def have(self, path: Path, **changes: Any) -> Blob:
+        """Have this file ready for whoever asks, in whatever chunks."""
+        blob = msgspec.structs.replace(blob_of(path, CHUNK), **changes)
+        self.offer(path, blob)
+        self.exchange.sending.add(blob)  # as it is, whatever the broker takes
         return blob
-
-    def pull(self, peer: str, blob: Blob, **prefix: Any) -> None:
-        self.exchange.pull(peer, blob, **prefix)
-        self._moved.set()
 
     async def ended(self) -> Outcome:
         async with asyncio.timeout(PATIENCE_S):
@@ -220,7 +142,7 @@ def a_file(folder: Path, n_bytes: int, seed: int = 1) -> Path:
 @pytest.mark.parametrize("n_bytes", [1, CHUNK, 20 * CHUNK, 20 * CHUNK + 1])
 async def test_an_update_goes_up(start: Start, wire: Wire, tmp_path: Path, n_bytes: int) -> None:
     cloud, agent = await start(), await start("a1")
-    blob = agent.offer(a_file(tmp_path, n_bytes))
+    blob = agent.have(a_file(tmp_path, n_bytes))
     cloud.pull("a1", blob)
     assert await cloud.pulled(blob.sha256) == Random(1).randbytes(n_bytes)
     assert len(wire.passed) == blob.n_chunks, "nothing is sent twice"
@@ -232,8 +154,8 @@ async def test_an_update_goes_up(start: Start, wire: Wire, tmp_path: Path, n_byt
 async def test_many_blobs_in_both_directions_at_once(start: Start, wire: Wire, tmp_path: Path) -> None:
     cloud = await start()
     agents = [await start(f"a{n}") for n in range(4)]
-    model = cloud.offer(a_file(tmp_path, 30 * CHUNK + 7, seed=99))
-    updates = {a.name: a.offer(a_file(tmp_path, 15 * CHUNK + n, seed=n)) for n, a in enumerate(agents)}
+    model = cloud.have(a_file(tmp_path, 30 * CHUNK + 7, seed=99))
+    updates = {a.name: a.have(a_file(tmp_path, 15 * CHUNK + n, seed=n)) for n, a in enumerate(agents)}
     for agent in agents:
         agent.pull(CLOUD, model)
         cloud.pull(agent.name, updates[agent.name])
@@ -248,7 +170,7 @@ async def test_many_blobs_in_both_directions_at_once(start: Start, wire: Wire, t
 
 async def test_a_small_agent_pulls_a_prefix(start: Start, wire: Wire, tmp_path: Path) -> None:
     cloud, agent = await start(), await start("a1")
-    model = cloud.offer(a_file(tmp_path, 20 * CHUNK))
+    model = cloud.have(a_file(tmp_path, 20 * CHUNK))
     size = 6 * CHUNK + 5
     data = Random(1).randbytes(model.size)[:size]
     agent.pull(CLOUD, model, size=size, sha256=hashlib.sha256(data).hexdigest())
@@ -258,7 +180,7 @@ async def test_a_small_agent_pulls_a_prefix(start: Start, wire: Wire, tmp_path: 
 
 async def test_asking_twice_is_asking_once(start: Start, wire: Wire, tmp_path: Path) -> None:
     cloud, agent = await start(), await start("a1")
-    blob = agent.offer(a_file(tmp_path, 12 * CHUNK))
+    blob = agent.have(a_file(tmp_path, 12 * CHUNK))
     for _ in range(3):
         cloud.pull("a1", blob)
     await cloud.pulled(blob.sha256)
@@ -272,10 +194,10 @@ async def test_another_chunk_size_takes_the_place_of_the_first(start: Start, wir
     wire.lose = lambda _: True
     stalled = asyncio.Event()
     wire.at[7] = stalled.set
-    cloud.pull("a1", agent.offer(path))
+    cloud.pull("a1", agent.have(path))
     await stalled.wait()
     wire.lose = lambda _: False
-    blob = agent.offer(path, chunk=3 * CHUNK)  # the agent was restarted with another configuration
+    blob = agent.have(path, chunk=3 * CHUNK)  # the agent was restarted with another configuration
     cloud.pull("a1", blob)
     assert await cloud.pulled(blob.sha256) == path.read_bytes()
     assert cloud.outcomes.empty()
@@ -286,7 +208,7 @@ async def test_another_chunk_size_takes_the_place_of_the_first(start: Start, wir
 
 async def test_one_copy_goes_to_all_who_listen(start: Start, wire: Wire, tmp_path: Path) -> None:
     cloud, agents = await start(), [await start(f"a{n}") for n in range(4)]
-    model, data = cloud.offer(a_file(tmp_path, 20 * CHUNK)), Random(1).randbytes(20 * CHUNK)
+    model, data = cloud.have(a_file(tmp_path, 20 * CHUNK)), Random(1).randbytes(20 * CHUNK)
     part = hashlib.sha256(data[: 6 * CHUNK]).hexdigest()
     for agent in agents:
         cloud.exchange.announced(agent.name, model)
@@ -307,7 +229,7 @@ async def test_one_copy_goes_to_all_who_listen(start: Start, wire: Wire, tmp_pat
 
 async def test_who_cannot_hear_the_broadcast_pulls(start: Start, wire: Wire, tmp_path: Path) -> None:
     cloud, agents = await start(), [await start(f"a{n}", **IMPATIENT) for n in range(2)]
-    model = cloud.offer(a_file(tmp_path, 20 * CHUNK))
+    model = cloud.have(a_file(tmp_path, 20 * CHUNK))
     wire.broker.drop = lambda topic, payload: "/c/blob/" in topic or wire._passes(topic, payload)
     for agent in agents:
         cloud.exchange.announced(agent.name, model)
@@ -321,7 +243,7 @@ async def test_a_download_that_is_begun_anew_before_the_broker_has_answered_begi
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cloud, agent = await start(), await start("a1")
-    model = cloud.offer(a_file(tmp_path, 5 * CHUNK))
+    model = cloud.have(a_file(tmp_path, 5 * CHUNK))
     asked, answered, subscribe = asyncio.Event(), asyncio.Event(), agent.bus.subscribe
 
     async def slowly(*filters: str) -> None:
@@ -341,7 +263,7 @@ async def test_a_download_that_is_begun_anew_before_the_broker_has_answered_begi
 async def test_a_broadcast_goes_on_after_the_coordinator_was_cut_off(start: Start, wire: Wire, tmp_path: Path) -> None:
     cloud, agents = await start(), [await start(f"a{n}", **IMPATIENT) for n in range(3)]
     wire.at = {n: lambda: wire.broker.cut(CLOUD) for n in (3, 11)}
-    model = cloud.offer(a_file(tmp_path, 20 * CHUNK))
+    model = cloud.have(a_file(tmp_path, 20 * CHUNK))
     for agent in agents:
         cloud.exchange.announced(agent.name, model)
         agent.pull(CLOUD, model, listen=True)
@@ -352,12 +274,12 @@ async def test_a_broadcast_goes_on_after_the_coordinator_was_cut_off(start: Star
 async def test_while_closed_nothing_is_sent(start: Start, wire: Wire, tmp_path: Path) -> None:
     cloud, agent = await start(), await start("a1")
     agent.exchange.pace.renew(0, is_open=False)
-    blob = agent.offer(a_file(tmp_path, 20 * CHUNK))
+    blob = agent.have(a_file(tmp_path, 20 * CHUNK))
     cloud.pull("a1", blob)
     async with asyncio.timeout(PATIENCE_S):
         while not agent.exchange.sending.n_pending:
-            agent._moved.clear()
-            await agent._moved.wait()
+            agent.moved.clear()
+            await agent.moved.wait()
     assert wire.passed == []
     agent.exchange.pace.renew(1000 * CHUNK)
     await cloud.pulled(blob.sha256)
@@ -371,8 +293,8 @@ async def test_a_fifth_of_the_chunks_is_lost(start: Start, wire: Wire, tmp_path:
     agents = [await start(f"a{n}", **IMPATIENT) for n in range(3)]
     random = Random(5)
     wire.lose = lambda _: random.random() < 0.2
-    model = cloud.offer(a_file(tmp_path, 40 * CHUNK, seed=99))
-    updates = {a.name: a.offer(a_file(tmp_path, 30 * CHUNK + n, seed=n)) for n, a in enumerate(agents)}
+    model = cloud.have(a_file(tmp_path, 40 * CHUNK, seed=99))
+    updates = {a.name: a.have(a_file(tmp_path, 30 * CHUNK + n, seed=n)) for n, a in enumerate(agents)}
     for agent in agents:
         agent.pull(CLOUD, model)
         cloud.pull(agent.name, updates[agent.name])
@@ -387,7 +309,7 @@ async def test_a_fifth_of_the_chunks_is_lost(start: Start, wire: Wire, tmp_path:
 async def test_a_receiver_that_was_cut_off_asks_again_at_once(start: Start, wire: Wire, tmp_path: Path) -> None:
     cloud, agent = await start(), await start("a1")
     wire.at = {n: lambda: wire.broker.cut("a1") for n in (5, 17)}
-    model = cloud.offer(a_file(tmp_path, 20 * CHUNK))
+    model = cloud.have(a_file(tmp_path, 20 * CHUNK))
     agent.pull(CLOUD, model)
     assert await agent.pulled(model.sha256) == Random(1).randbytes(model.size)
     assert len(wire.passed) <= 20 + 2 * agent.exchange.receiving.window, "at most what was in flight is sent again"
@@ -397,7 +319,7 @@ async def test_a_receiver_that_was_cut_off_asks_again_at_once(start: Start, wire
 async def test_a_cut_connection_goes_on_where_it_was(start: Start, wire: Wire, tmp_path: Path, victim: str) -> None:
     cloud, agent = await start(**IMPATIENT), await start("a1", **IMPATIENT)
     wire.at = {n: lambda: wire.broker.cut(victim) for n in (5, 23)}
-    blob, model = agent.offer(a_file(tmp_path, 20 * CHUNK)), cloud.offer(a_file(tmp_path, 20 * CHUNK, seed=2))
+    blob, model = agent.have(a_file(tmp_path, 20 * CHUNK)), cloud.have(a_file(tmp_path, 20 * CHUNK, seed=2))
     cloud.pull("a1", blob)
     agent.pull(CLOUD, model)
     assert await cloud.pulled(blob.sha256) == Random(1).randbytes(blob.size)
@@ -406,7 +328,7 @@ async def test_a_cut_connection_goes_on_where_it_was(start: Start, wire: Wire, t
 
 async def test_a_damaged_frame_is_reported_and_asked_for_again(start: Start, wire: Wire, tmp_path: Path) -> None:
     cloud, agent = await start(**IMPATIENT), await start("a1")
-    blob = agent.offer(a_file(tmp_path, 9 * CHUNK))
+    blob = agent.have(a_file(tmp_path, 9 * CHUNK))
     wire.lose = lambda number: number == 3
     frame = bytearray(encode_frame(3, bytes(CHUNK)))
     frame[100] ^= 1
@@ -436,7 +358,7 @@ async def test_a_restarted_receiver_fetches_only_what_is_missing(
     wire: Wire, start: Start, tmp_path: Path, n_before: int
 ) -> None:
     agent = await start("a1")
-    blob = agent.offer(a_file(tmp_path, 20 * CHUNK))
+    blob = agent.have(a_file(tmp_path, 20 * CHUNK))
     wire.lose = lambda number: number >= n_before
     async with Side(wire.broker, tmp_path) as cloud:
         lost = asyncio.Event()
@@ -456,7 +378,7 @@ async def test_a_receiver_that_was_killed_before_it_verified_fetches_nothing(
     wire: Wire, start: Start, tmp_path: Path
 ) -> None:
     agent, cloud = await start("a1"), await start()
-    blob = agent.offer(a_file(tmp_path, 3 * CHUNK))
+    blob = agent.have(a_file(tmp_path, 3 * CHUNK))
     partial = Spool(cloud.blobs).open(blob, owner="a1")
     for index in range(3):
         partial.write(index, Random(1).randbytes(blob.size)[index * CHUNK :][:CHUNK])
@@ -468,14 +390,14 @@ async def test_a_receiver_that_was_killed_before_it_verified_fetches_nothing(
 async def test_a_restarted_sender_is_asked_again(wire: Wire, start: Start, tmp_path: Path) -> None:
     cloud, path = await start(), a_file(tmp_path, 20 * CHUNK)
     async with Side(wire.broker, tmp_path, "a1") as agent:
-        blob = agent.offer(path)
+        blob = agent.have(path)
         wire.lose, stalled = lambda number: number >= 9, asyncio.Event()
         wire.at[9] = stalled.set
         cloud.pull("a1", blob)
         await stalled.wait()
     wire.lose, wire.passed = lambda _: False, []
     again = await start("a1")
-    again.offer(path)
+    again.have(path)
     cloud.exchange.peer_reborn("a1")
     assert await cloud.pulled(blob.sha256) == path.read_bytes()
     assert len(wire.passed) == 11
@@ -502,7 +424,7 @@ async def test_a_blob_that_is_not_offered_is_refused(start: Start) -> None:
 async def test_a_blob_whose_file_is_gone_or_cut_is_refused(start: Start, tmp_path: Path, left: int | None) -> None:
     cloud, agent = await start(), await start("a1")
     path = a_file(tmp_path, 20 * CHUNK)
-    blob = agent.offer(path)
+    blob = agent.have(path)
     if left is None:
         path.unlink()
     else:
@@ -516,8 +438,8 @@ async def test_a_blob_whose_file_is_gone_or_cut_is_refused(start: Start, tmp_pat
 
 async def test_credit_for_chunks_that_do_not_exist_is_a_bad_message(start: Start, tmp_path: Path) -> None:
     cloud, agent = await start(), await start("a1")
-    blob = cloud.offer(a_file(tmp_path, 3 * CHUNK))
-    agent._say(CLOUD, Grant(xfer=blob.xfer, ranges=[(2, 5)]))
+    blob = cloud.have(a_file(tmp_path, 3 * CHUNK))
+    agent.say(CLOUD, Grant(xfer=blob.xfer, ranges=[(2, 5)]))
     agent.pull(CLOUD, blob)
     await agent.pulled(blob.sha256)
     assert len(cloud.bad) == 1
@@ -527,7 +449,7 @@ async def test_credit_for_chunks_that_do_not_exist_is_a_bad_message(start: Start
 async def test_a_broker_that_does_not_take_the_chunks_is_named(start: Start, wire: Wire, tmp_path: Path) -> None:
     wire.broker.welcome = Connected(5, max_packet_bytes=800, receive_maximum=20, session_present=False)
     cloud, agent = await start(), await start("a1")
-    cloud.pull("a1", agent.offer(a_file(tmp_path, 3 * CHUNK)))
+    cloud.pull("a1", agent.have(a_file(tmp_path, 3 * CHUNK)))
     refuse = await cloud.answered()
     assert isinstance(refuse, Refuse)
     assert "the broker takes 800" in refuse.reason
@@ -539,13 +461,13 @@ async def test_a_broker_that_does_not_take_the_chunks_is_named(start: Start, wir
 async def test_content_that_is_not_what_its_digest_says_is_lost_for_good(start: Start, tmp_path: Path) -> None:
     cloud, agent = await start(), await start("a1")
     honest, forged = a_file(tmp_path, 9 * CHUNK, seed=1), a_file(tmp_path, 9 * CHUNK, seed=2)
-    blob = agent.offer(forged, sha256=hashlib.sha256(honest.read_bytes()).hexdigest())
+    blob = agent.have(forged, sha256=hashlib.sha256(honest.read_bytes()).hexdigest())
     cloud.pull("a1", blob)
     end = await cloud.lost()
     assert (end.peer, end.blob, end.temporary) == ("a1", blob, False)
     assert "digest" in end.reason
     assert cloud.unfinished() == list(cloud.blobs) == []
-    agent.offer(honest)
+    agent.have(honest)
     cloud.pull("a1", blob)
     assert await cloud.pulled(blob.sha256) == honest.read_bytes()
 
@@ -554,7 +476,7 @@ async def test_a_blob_above_the_limit_is_lost_for_good_before_a_byte_of_it_came(
     start: Start, wire: Wire, tmp_path: Path
 ) -> None:
     cloud, agent = await start(max_bytes=5 * CHUNK), await start("a1")
-    cloud.pull("a1", agent.offer(a_file(tmp_path, 6 * CHUNK)))
+    cloud.pull("a1", agent.have(a_file(tmp_path, 6 * CHUNK)))
     end = await cloud.lost()
     assert not end.temporary
     assert "at most 5120" in end.reason
@@ -563,7 +485,7 @@ async def test_a_blob_above_the_limit_is_lost_for_good_before_a_byte_of_it_came(
 
 async def test_chunks_above_the_budget_are_lost_for_good(start: Start, tmp_path: Path) -> None:
     cloud, agent = await start(budget_bytes=CHUNK - 1), await start("a1")
-    cloud.pull("a1", agent.offer(a_file(tmp_path, 6 * CHUNK)))
+    cloud.pull("a1", agent.have(a_file(tmp_path, 6 * CHUNK)))
     end = await cloud.lost()
     assert not end.temporary
     assert "smaller chunks" in end.reason
@@ -582,7 +504,7 @@ def largest_file(n_bytes: int) -> Iterator[None]:
 
 async def test_a_disk_that_refuses_is_temporary_and_resumes(start: Start, wire: Wire, tmp_path: Path) -> None:
     cloud, agent = await start(), await start("a1")
-    blob = agent.offer(a_file(tmp_path, 20 * CHUNK))
+    blob = agent.have(a_file(tmp_path, 20 * CHUNK))
     with largest_file(5 * CHUNK):
         cloud.pull("a1", blob)
         end = await cloud.lost()
@@ -597,7 +519,7 @@ async def test_a_disk_that_refuses_is_temporary_and_resumes(start: Start, wire: 
 
 async def test_a_peer_that_falls_silent_is_temporary_and_resumes(start: Start, wire: Wire, tmp_path: Path) -> None:
     cloud, agent = await start(timeout_s=0.01, max_timeout_s=0.02, max_tries=3), await start("a1")
-    blob = agent.offer(a_file(tmp_path, 9 * CHUNK))
+    blob = agent.have(a_file(tmp_path, 9 * CHUNK))
     wire.lose = lambda number: number >= 4
     cloud.pull("a1", blob)
     end = await cloud.lost()
@@ -611,9 +533,14 @@ async def test_a_peer_that_falls_silent_is_temporary_and_resumes(start: Start, w
 
 async def test_what_is_not_wanted_any_more_leaves_nothing(start: Start, wire: Wire, tmp_path: Path) -> None:
     cloud, agent = await start(), await start("a1")
-    blob, other = agent.offer(a_file(tmp_path, 20 * CHUNK)), agent.offer(a_file(tmp_path, 9 * CHUNK, seed=2))
+    blob, other = agent.have(a_file(tmp_path, 20 * CHUNK)), agent.have(a_file(tmp_path, 9 * CHUNK, seed=2))
     stopped = asyncio.Event()
-    wire.at[4] = lambda: (cloud.exchange.stop_pulling("a1", blob.xfer), stopped.set())
+
+    def stop() -> None:
+        cloud.exchange.stop_pulling("a1", blob.xfer)
+        stopped.set()
+
+    wire.at[4] = stop
     cloud.pull("a1", blob)
     await stopped.wait()
     cloud.exchange.stop_pulling("a1", blob.xfer)

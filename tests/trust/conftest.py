@@ -62,8 +62,8 @@ class World:
         conf, self.log = folder / "broker.conf", folder / "broker.log"
         text = (self.files / "mosquitto.conf").read_text()
         conf.write_text(f"user {getpass.getuser()}\nlog_dest file {self.log}\n{text}")
-        binary, *_ = mosquitto_command(self.port, folder)
-        self._command = [binary, "-c", str(conf)]
+        *command, _ = mosquitto_command(self.port, folder)
+        self._command = [*command, str(conf)]
         self._start()
 
     def _start(self) -> None:
