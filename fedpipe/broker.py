@@ -25,7 +25,7 @@ from protocol.errors import Unavailable
 
 MALLOC: Final = {"MALLOC_TRIM_THRESHOLD_": 4 * 2**20, "MALLOC_MMAP_THRESHOLD_": 2**20}
 """mallopt(3), for mosquitto: else glibc gives each chunk's pages back, and the kernel zeroes them for the next; that is half of
-its processor time.  deploy/mosquitto/malloc.conf says the same to systemd."""
+its processor time.  deploy/mosquitto/service.conf says the same to systemd."""
 
 
 def free_port() -> int:

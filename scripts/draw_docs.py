@@ -19,6 +19,7 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Final, NamedTuple
 
 import msgspec
@@ -302,6 +303,30 @@ def _fuzz() -> Iterator[Table]:
     yield Table("", ("target", "inputs", "crashes", "edges", "peak MiB", "s", "what it is"), rows)
 
 
+def _rounds() -> Iterator[Table]:
+    """What a round costs that trains nothing: bare bytes, fedpipe, and its peers."""
+    found, rows = _results("rounds.json"), []
+    for name, part in found.items():
+        if "rounds_s" not in part:
+            continue
+        cpu, phases, peaks = part.get("cpu_s", ""), part.get("phases", {}), part.get("peak_bytes", {})
+        spent = sum(cpu.values()) if isinstance(cpu, dict) else cpu
+        cells = (f"{phases[key]:.2f}" if key in phases else "" for key in ("down", "up", "fold"))
+        peak = ", ".join(f"{who} {n / 2**20:.0f}" for who, n in peaks.items())
+        above = f"{part['peak_over_payload']:.1f}" if "peak_over_payload" in part else ""
+        shown = f"{median(part['rounds_s']):.2f}", *cells, f"{spent:.2f}" if spent else ""
+        rows.append((f"`{name}`", *shown, peak, above, f"{part['load']:.1f}"))
+    head = ("", "round, s", "down", "up", "fold", "CPU s")
+    yield Table(
+        "", (*head, "peak resident, MiB", "coordinator's peak over idle, payloads", "load before"), rows, n_kept=0
+    )
+
+
+def _rounds_summary() -> Iterator[Table]:
+    told = {key: value for key, value in _results("rounds.json")["summary"].items() if value is not None}
+    yield Table("", ("figure", "seen", "goal"), [(f"`{key}`", f"{value:.2f}") for key, value in told.items()])
+
+
 def _by_number(found: dict[str, typing.Any]) -> list[tuple[str, typing.Any]]:
     return sorted(found.items(), key=lambda item: int(item[0]))
 
@@ -377,6 +402,8 @@ PARTS: Final[dict[str, Callable[[], Iterator[Table]]]] = {
     "actions": _actions,
     "exits": _exits,
     "fuzz": _fuzz,
+    "rounds": _rounds,
+    "rounds_summary": _rounds_summary,
     "scale_rounds": partial(_scale_rounds, "agents"),
     "scale_heavy": partial(_scale_rounds, "heavy"),
     "scale_control": _scale_control,

@@ -113,12 +113,9 @@ def main() -> None:
     with contextlib.nullcontext(asked.keep) if asked.keep else tempfile.TemporaryDirectory() as folder:
         for name in asked.only or (part for part in PARTS if not (asked.quick and part in SLOW)):
             print(f"{name} ...", flush=True)
-            found |= PARTS[name](Path(folder) / name, scale)
-            found["machine"] = {
-                "n_cpus": os.cpu_count(),
-                "load": os.getloadavg()[0],
-                "python": platform.python_version(),
-            }
+            load = os.getloadavg()[0]  # of what else runs: before
+            found |= {key: part | {"load": load} for key, part in PARTS[name](Path(folder) / name, scale).items()}
+            found["machine"] = {"n_cpus": os.cpu_count(), "python": platform.python_version()}
             found["summary"] = report.summary(found)
             asked.out.parent.mkdir(exist_ok=True)
             asked.out.write_bytes(msgspec.json.format(msgspec.json.encode(found, order="deterministic")) + b"\n")

@@ -61,7 +61,7 @@ def test_the_broker_is_reloaded_after_every_file_that_is_kept_up_to_date() -> No
 
 
 def test_mosquitto_keeps_its_pages_under_systemd_as_elsewhere() -> None:
-    (line,) = re.findall("^Environment=(.*)$", (DEPLOY / "mosquitto/malloc.conf").read_text(), re.MULTILINE)
+    (line,) = re.findall("^Environment=(.*)$", (DEPLOY / "mosquitto/service.conf").read_text(), re.MULTILINE)
     assert line == " ".join(f"{name}={n_bytes}" for name, n_bytes in MALLOC.items())
 
 
