@@ -53,7 +53,7 @@ async def test_mixed_agents_with_a_straggler_and_a_death_finish_and_learn(
     async with fleet(broker, broker_lines=lines, cloud=cloud) as running:
         agents = varied(list(texts))
         agents[slow]["n_steps"] = 100_000
-        await running.submit(running.job_text(agents=agents, round={"train_s": 20.0}, train={"n_steps": 30}))
+        await running.submit(running.job_text(agents=agents, round={"train_s": 30.0}, train={"n_steps": 30}))
         await running.until(lambda job: bool(job.current) and _state(job, dies) == "TRAINING")
         await running.kill(dies)
         job = await running.ended()
