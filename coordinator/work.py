@@ -10,7 +10,7 @@ import copy
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -29,6 +29,7 @@ from coordinator.versions import pick
 from protocol import SOFTWARE, methods
 from protocol.blobs import Blobs
 from protocol.errors import BadConfig, BadUpdate, OutsideFault, Unavailable
+from protocol.messages import Matrix
 from protocol.updates import open_update
 
 RETRY_S: Final = 15.0
@@ -59,6 +60,7 @@ class Work:
         self, config: CoordinatorConfig, store: Store, blobs: Blobs, clock: Callable[[], float], disk: Disk
     ) -> None:
         self._config, self._store, self._blobs, self._clock, self._disk = config, store, blobs, clock, disk
+        self._shapes: tuple[Sequence[Matrix], Mapping[str, tuple[int, int]]] = [], {}
 
     def renew(self, config: CoordinatorConfig) -> None:
         """Another configuration, from the next piece of work on."""
@@ -174,9 +176,17 @@ class Work:
             attempt=offer.attempt,
             max_bytes=offer.blob.size,
         )
-        update.check(wish.ranks, {m.name: (m.d_out, m.d_in) for m in wish.matrices})
+        update.check(wish.ranks, self._shapes_of(wish.matrices))
         update.check_values()
         return update.scores
+
+    def _shapes_of(self, matrices: Sequence[Matrix]) -> Mapping[str, tuple[int, int]]:
+        """(d_out, d_in) by name; kept, because the updates of a job are all asked about one list."""
+        known, shapes = self._shapes
+        if known is not matrices:
+            shapes = {m.name: (m.d_out, m.d_in) for m in matrices}
+            self._shapes = matrices, shapes
+        return shapes
 
     async def export(self, job: JobState, folder: Path) -> None:
         """Write a job's newest version as a PEFT directory; a job without any leaves none."""

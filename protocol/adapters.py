@@ -10,15 +10,21 @@ The d_out x d_in product is never formed.  With thin QR decompositions B = Q_B R
 
     B A = Q_B (R_B R_A^T) Q_A^T,     and only the small core R_B R_A^T needs an SVD.
 
+A tall side is decomposed in blocks of rows, and then the R of all blocks (TSQR: Demmel, Grigori, Hoemmen and Langou, 2012, SIAM
+J. Sci. Comput. 34(1)): as stable as one decomposition, and what LAPACK and numpy copy is a block.
+
 Everything here runs in float64: same input, same machine and same number of BLAS threads give the same bits.  The sign of a
 component, which an SVD leaves open, is fixed by making the largest entry of its column of U positive.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Self, TypeAlias, TypeVar
+from functools import cached_property
+from itertools import chain, groupby, pairwise, repeat, starmap
+from operator import lt
+from typing import Final, NamedTuple, Self, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +39,9 @@ FEW_VALUES: Final = 2**17
 
 NOISE: Final = float(np.finfo(np.float32).eps)
 """Components this much smaller than the largest lie below what float32 factors can express: they are dropped."""
+
+QR_ROWS: Final = 1024
+"""Rows of a block, at least."""
 
 ROUNDING: Final = 64 * float(np.finfo(np.float64).eps)
 """Components this much smaller than the terms of a sum are what rounding leaves where the terms cancel: dropped too."""
@@ -82,6 +91,11 @@ class Stack:
         return len(self.a)
 
     @property
+    def rank(self) -> int:
+        """Number of components of each."""
+        return int(self.a.shape[1])
+
+    @property
     def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """(r, d_in) of each A, (d_out, r) of each B."""
         return self.a.shape[1:], self.b.shape[1:]
@@ -89,6 +103,14 @@ class Stack:
     def __iter__(self) -> Iterator[Factors]:
         """Those of each matrix, as views."""
         return map(Factors, self.a, self.b)
+
+    def __getitem__(self, matrices: slice) -> Stack:
+        """Those of some of the matrices, as views."""
+        return Stack(self.a[matrices], self.b[matrices])
+
+    def truncate(self, rank: int) -> Stack:
+        """See the function `truncate`."""
+        return Stack(self.a[:, :rank], self.b[:, :, :rank])
 
     @classmethod
     def of(cls, factors: Sequence[Factors]) -> Self:
@@ -98,21 +120,75 @@ class Stack:
         return cls(np.stack([f.a for f in factors]), np.stack([f.b for f in factors]))
 
 
-def runs(entries: Sequence[E], sort: Callable[[E], Hashable], n_values: Callable[[E], int]) -> Iterator[Sequence[E]]:
-    """Those of one sort that stand side by side, so many as have `FEW_VALUES` values together, or one that has more."""
-    start, n, one = 0, 0, None
-    for at, entry in enumerate(entries):
-        kind, size = sort(entry), n_values(entry)
-        if at > start and (kind != one or n + size > FEW_VALUES):
-            yield entries[start:at]
-            start, n = at, 0
-        one, n = kind, n + size
-    if entries:
-        yield entries[start:]
+def alike(entries: Iterable[E], sort: Callable[[E], Hashable]) -> Iterator[slice]:
+    """Where those of one sort stand side by side.  Nothing else is done for each entry: there may be 20,000."""
+    start = 0
+    for _, group in groupby(entries, sort):
+        stop = start + len(list(group))
+        yield slice(start, stop)
+        start = stop
 
 
-Adapter: TypeAlias = dict[str, Factors]
+def few(whole: slice, n_values: int) -> Iterator[slice]:
+    """Parts of `whole`, whose entries have `n_values` each: as many as have `FEW_VALUES` together, or one that has more."""
+    n = max(1, FEW_VALUES // max(1, n_values))
+    return (slice(at, min(at + n, whole.stop)) for at in range(whole.start, whole.stop, n))
+
+
+Run: TypeAlias = tuple[Sequence[str], Stack]
+"""Matrices of one shape and rank by their names."""
+
+Adapter: TypeAlias = Mapping[str, Factors]
 """Deltas by full module name, such as `model.layers.0.self_attn.q_proj`."""
+
+
+class Stacks(Mapping[str, Factors]):
+    """An adapter in runs of matrices of one shape and rank: factors of a single one are made, as views, when asked for."""
+
+    def __init__(self, runs: Iterable[Run]) -> None:
+        self.runs = [run for run in runs if run[0]]
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Stacks:
+        """The same in the order of the names, which costs nothing where it is so already; what is small is copied."""
+        if isinstance(adapter, Stacks) and all(starmap(lt, pairwise(adapter))):
+            return adapter
+        named = sorted(adapter.items())
+        names, factors = [name for name, _ in named], [factors for _, factors in named]
+        found = [
+            part
+            for whole in alike(factors, lambda f: (f.a.shape, f.b.shape))
+            for part in few(whole, factors[whole.start].a.size + factors[whole.start].b.size)
+        ]
+        return cls((names[part], Stack.of(factors[part])) for part in found)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank of every matrix."""
+        return dict(chain.from_iterable(zip(names, repeat(stack.rank)) for names, stack in self.runs))
+
+    def few(self) -> Iterator[Run]:
+        """The runs, cut to `FEW_VALUES`."""
+        for names, stack in self.runs:
+            for part in few(slice(0, len(names)), (stack.a.size + stack.b.size) // len(names)):
+                yield names[part], stack[part]
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[Stack, int]]:
+        return {name: (stack, at) for names, stack in self.runs for at, name in enumerate(names)}
+
+    def __getitem__(self, name: str) -> Factors:
+        """Both factors of one matrix."""
+        stack, at = self._places[name]
+        return Factors(stack.a[at], stack.b[at])
+
+    def __iter__(self) -> Iterator[str]:
+        """The names."""
+        return chain.from_iterable(names for names, _ in self.runs)
+
+    def __len__(self) -> int:
+        """How many matrices there are."""
+        return sum(len(names) for names, _ in self.runs)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,24 +216,50 @@ class Principal:
 
 
 def principal(b: F64, a: F64, rank: int) -> Principal:
-    """The best approximation of B A with at most `rank` components, in canonical form.
+    """The best approximation of B A with at most `rank` components, in canonical form.  What is in b and a is lost.
 
-    Shapes: b (d_out, R), a (R, d_in), any R, also above d_out or d_in.  Cost: O((d_in + d_out) R^2 + R^3) time and about
-    four times the size of the input in memory.
+    Shapes: b (d_out, R), a (R, d_in), any R, also above d_out or d_in.  Cost: O((d_in + d_out) R^2 + R^3) time, and memory
+    for the result and for some copies of a block (of a side that is not tall, of the side).
     """
     if 0 in {a.shape[0], *b.shape, *a.shape}:
         return Principal(a=a[:0], b=b[:, :0], singular=np.zeros(0))
-    q_b, r_b = np.linalg.qr(b)  # (d_out, m), (m, R)
-    q_a, r_a = np.linalg.qr(a.T)  # (d_in, n), (n, R)
-    u, s, vt = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
     total = float(np.linalg.norm(b, axis=0) @ np.linalg.norm(a, axis=1))  # the norm if nothing cancelled
+    q_b, r_b = _qr(b)  # (d_out, m), (m, R)
+    q_a, r_a = _qr(a.T)  # (d_in, n), (n, R)
+    u, s, vt = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
     kept = min(rank, int(np.count_nonzero(s > max(s[0] * NOISE, total * ROUNDING))))
     root = np.sqrt(s[:kept])
-    left = q_b @ u[:, :kept]  # (d_out, kept)
-    right = vt[:kept] @ q_a.T  # (kept, d_in)
+    left = q_b.times(u[:, :kept])  # (d_out, kept)
+    right = q_a.times(vt[:kept].T).T  # (kept, d_in)
     peaks = left[np.argmax(np.abs(left), axis=0), np.arange(kept)]
     sign = np.where(peaks < 0, -1.0, 1.0)
     return Principal(b=left * (sign * root), a=right * (sign * root)[:, None], singular=s)
+
+
+class _Orthonormal(NamedTuple):
+    """A matrix Q of orthonormal columns: its blocks of rows are those of `tall`, each times its square of `small`."""
+
+    tall: Sequence[F64]
+    small: Sequence[F64]
+
+    def times(self, x: F64) -> F64:
+        """Q x."""
+        return np.concatenate([tall @ (small @ x) for tall, small in zip(self.tall, self.small, strict=True)])
+
+
+def _qr(x: F64) -> tuple[_Orthonormal, F64]:
+    """Thin QR of x (d, R); where d is large, in blocks whose Q takes the place of x."""
+    n_blocks = max(1, len(x) // max(QR_ROWS, 8 * x.shape[1]))
+    if n_blocks == 1:
+        q, r = np.linalg.qr(x)
+        return _Orthonormal([q], [np.eye(len(r))]), r
+    tall, tops = [], []
+    for block in np.array_split(x, n_blocks):
+        block[:], r = np.linalg.qr(block)
+        tall.append(block)
+        tops.append(r)
+    small, r = np.linalg.qr(np.concatenate(tops))
+    return _Orthonormal(tall, np.split(small, n_blocks)), r
 
 
 def canonical(factors: Factors, rank: int | None = None) -> Factors:

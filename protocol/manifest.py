@@ -6,7 +6,12 @@ byte behind it, so a file is checked whole (its size must match exactly) before 
 
 from __future__ import annotations
 
-from itertools import pairwise
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise, repeat
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, BinaryIO, Final, TypeVar
 
@@ -14,7 +19,7 @@ import msgpack
 import msgspec
 from msgspec import Meta
 
-from protocol.adapters import Adapter
+from protocol.adapters import Stacks, alike
 from protocol.errors import BadUpdate
 from protocol.messages import MAX_MATRICES, Name
 
@@ -25,7 +30,7 @@ MAX_HEADER_BYTES: Final = 8 * 2**20
 Dimension = Annotated[int, Meta(ge=1, le=2**24)]
 
 
-class Entry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class Entry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     """One matrix of a file: [name, rank, d_out, d_in]."""
 
     name: Name
@@ -43,7 +48,7 @@ Entries = Annotated[list[Entry], Meta(max_length=MAX_MATRICES)]
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
-    """What all headers have; `kind` says which reader understands the rest."""
+    """What all headers begin with; `kind` says which reader understands the rest.  Each has a field `matrices`, of Entries."""
 
     v: int
     kind: Annotated[str, Meta(max_length=64)]
@@ -52,23 +57,86 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
 H = TypeVar("H", bound=Header)
 
 
-def entries_of(adapter: Adapter) -> list[Entry]:
-    """The table of contents of `adapter`, sorted by name."""
-    return [Entry(name, factors.rank, *factors.shape) for name, factors in sorted(adapter.items())]
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """The table of contents of a file, and what follows from it: worked out once for all files that have the same.
+
+    Where `groups` lie are entries of one shape and rank.
+    """
+
+    raw: msgspec.Raw
+    entries: Sequence[Entry]
+
+    @cached_property
+    def names(self) -> list[str]:
+        """In order."""
+        return [entry.name for entry in self.entries]
+
+    @cached_property
+    def ranks(self) -> dict[str, int]:
+        """Rank of each matrix; 0 for one that was trained and did not move."""
+        return {entry.name: entry.rank for entry in self.entries}
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(d_out, d_in) of each matrix."""
+        return {entry.name: entry.shape for entry in self.entries}
+
+    @cached_property
+    def groups(self) -> list[slice]:
+        """Runs of entries of one shape and rank."""
+        return list(alike(self.entries, attrgetter("rank", "d_out", "d_in")))
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [group.start for group in self.groups]
+
+    def place(self, name: str) -> tuple[int, int]:
+        """The number of the group that a matrix is in, and its place there.  Raises KeyError for an unknown name."""
+        at = bisect_left(self.names, name)
+        if at == len(self.names) or self.names[at] != name:
+            raise KeyError(name)
+        number = bisect_right(self._starts, at) - 1
+        return number, at - self._starts[number]
+
+
+_entries: Final = msgspec.msgpack.Decoder(Entries)
+
+
+@lru_cache(maxsize=4)
+def _contents(packed: bytes) -> Contents:
+    """Kept for a few: the updates of a round, and the models of a job, have the same table or nearly."""
+    entries = _entries.decode(packed)
+    for before, after in pairwise(entries):
+        if before.name >= after.name:  # equal content has equal bytes
+            raise BadUpdate(f"matrices are not sorted by name: {after.name!r} follows {before.name!r}")
+    return Contents(msgspec.Raw(packed), entries)
+
+
+def packed_entries(stacks: Stacks) -> msgspec.Raw:
+    """The table of contents of an adapter whose names are in order."""
+    found: list[Entry] = []
+    for names, stack in stacks.runs:
+        (rank, d_in), (d_out, _) = stack.shapes
+        found += map(Entry, names, repeat(rank), repeat(d_out), repeat(d_in))
+    return msgspec.Raw(msgspec.msgpack.encode(found))
 
 
 def pack_header(header: Header) -> bytes:
     """The header as one msgpack map."""
-    packed: bytes = msgpack.packb(msgspec.to_builtins(header, builtin_types=(bytes,)), use_bin_type=True)
-    return packed
+    return msgspec.msgpack.encode(header)
 
 
 class _Head(msgspec.Struct):
     v: int
 
 
-def read_header(path: Path, kind: type[H]) -> tuple[H, int]:
-    """The header at the start of `path` and its length in bytes, which is where the values start.
+class _Listed(msgspec.Struct):
+    matrices: msgspec.Raw
+
+
+def read_header(path: Path, kind: type[H]) -> tuple[H, Contents, int]:
+    """The header at the start of `path`, its table of contents, and its length in bytes, which is where the values start.
 
     Raises BadUpdate for anything that is not such a header; reads and allocates in proportion to the header, not the file.
     """
@@ -77,9 +145,11 @@ def read_header(path: Path, kind: type[H]) -> tuple[H, int]:
     try:
         if (found := _version(packed)) != VERSION:
             raise BadUpdate(f"file version {found} is not {VERSION}: upgrade the older side")
-        return msgspec.msgpack.decode(packed, type=kind), len(packed)
+        header = msgspec.msgpack.decode(packed, type=kind)
+        contents = _contents(bytes(msgspec.msgpack.decode(packed, type=_Listed).matrices))
     except (msgspec.DecodeError, UnicodeDecodeError, OverflowError, RecursionError) as error:
         raise BadUpdate(f"invalid header: {error}"[:400]) from None
+    return msgspec.structs.replace(header, matrices=contents.raw), contents, len(packed)
 
 
 def _first_object(file: BinaryIO) -> bytes:
@@ -98,10 +168,3 @@ def _version(packed: bytes) -> int | str:
         return msgspec.msgpack.decode(packed, type=_Head).v
     except msgspec.ValidationError as error:
         return f"({error})"[:80]
-
-
-def check_sorted(entries: list[Entry]) -> None:
-    """Raises BadUpdate unless the names are unique and in order, so that equal content has equal bytes."""
-    for before, after in pairwise(entries):
-        if before.name >= after.name:
-            raise BadUpdate(f"matrices are not sorted by name: {after.name!r} follows {before.name!r}")

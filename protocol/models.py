@@ -15,20 +15,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, Final, Literal, TypeAlias
+from typing import BinaryIO, Final, Literal, TypeAlias, cast
 
+import msgspec
 import numpy as np
 
 from protocol import files, manifest, tensors
-from protocol.adapters import FEW_VALUES, Adapter, Factors, Stack, runs
+from protocol.adapters import FEW_VALUES, Adapter, Factors, Run, Stack, Stacks, few
 from protocol.errors import BadUpdate
-from protocol.manifest import Entries, Entry, Header
+from protocol.manifest import Contents, Entry, Header
 from protocol.messages import Count, Level, Wire
 from protocol.tensors import F32
 
 MODEL: Final = "model"
 
-_Lines: TypeAlias = tuple[Sequence[Entry], F32, F32]
+_Lines: TypeAlias = tuple[Sequence[str], F32, F32]
 """Rows of A (k, d_in) and columns of B (k, d_out) of one component, and of which matrices: all of one shape."""
 
 
@@ -38,7 +39,7 @@ class ModelHeader(Header, frozen=True, kw_only=True):
     kind: Literal["model"]
     version: Count
     dtype: Wire
-    matrices: Entries
+    matrices: msgspec.Raw
 
 
 def write_model(path: Path, adapter: Adapter, *, version: int, dtype: Wire) -> list[Level]:
@@ -47,14 +48,13 @@ def write_model(path: Path, adapter: Adapter, *, version: int, dtype: Wire) -> l
     The last level's size and digest are those of the file.  On disk when this returns.  Raises BadUpdate, and leaves
     `path` as it was, when a value is not finite in `dtype`.
     """
-    header = ModelHeader(
-        v=manifest.VERSION, kind=MODEL, version=version, dtype=dtype, matrices=manifest.entries_of(adapter)
-    )
-    grouped = list(_runs(header.matrices))
+    stacks = Stacks.of(adapter)
+    matrices = manifest.packed_entries(stacks)
+    header = ModelHeader(v=manifest.VERSION, kind=MODEL, version=version, dtype=dtype, matrices=matrices)
     digest, size, levels = hashlib.sha256(), 0, []
     with files.replacing(path) as file:
-        for rank in range(1 + max((entry.rank for entry in header.matrices), default=0)):
-            for block in _level(grouped, adapter, rank, dtype) if rank else [manifest.pack_header(header)]:
+        for rank in range(1 + max(stacks.ranks.values(), default=0)):
+            for block in _level(stacks.runs, rank, dtype) if rank else [manifest.pack_header(header)]:
                 file.write(block)
                 digest.update(block)
                 size += len(block)
@@ -68,32 +68,40 @@ def read_model(path: Path, *, max_rank: int | None = None, max_bytes: int) -> Ad
     Matrices without a component are left out.  Raises BadUpdate for a file that is larger than `max_bytes`, damaged, or
     cut inside a level, and OSError.  Memory: what the components read take in float32, and one level.
     """
-    header, levels = open_model(path, max_bytes=max_bytes)
+    header, contents, levels = _open(path, max_bytes)
     wanted = len(levels) - 1 if max_rank is None else min(max_rank, len(levels) - 1)
-    kept = [(run, _empty(run, wanted)) for run in _runs(header.matrices) if min(run[0].rank, wanted)]
+    kept: list[Run] = [
+        (contents.names[part], _empty(entry, part.stop - part.start, wanted))
+        for entry, group in _groups(contents)
+        for part in few(group, sum(entry.shape))
+        if min(entry.rank, wanted)
+    ]
     with path.open("rb") as file:
         file.seek(levels[0])
         for rank in range(1, wanted + 1):
-            for few in _few(_lines(kept, rank)):
-                _fill(few, file, header.dtype)
-    return {entry.name: factors for run, stack in kept for entry, factors in zip(run, stack, strict=True)}
+            for lines in _together(_lines(kept, rank)):
+                _fill(lines, file, header.dtype)
+    return Stacks(kept)
 
 
 def open_model(path: Path, *, max_bytes: int) -> tuple[ModelHeader, list[int]]:
     """The header, and the size in bytes of the file up to each level it holds, level 0 first.  Raises BadUpdate, OSError."""
+    header, _, ends = _open(path, max_bytes)
+    return header, ends
+
+
+def _open(path: Path, max_bytes: int) -> tuple[ModelHeader, Contents, list[int]]:
     size = path.stat().st_size
     if size > max_bytes:
         raise BadUpdate(f"model of {size} bytes exceeds the {max_bytes} that were announced")
-    header, end = manifest.read_header(path, ModelHeader)
-    manifest.check_sorted(header.matrices)
-    ends, rank, grouped = [end], 0, list(_runs(header.matrices))
-    while ends[-1] < size and (members := [run for run in grouped if run[0].rank > rank]):
-        n_values = sum(len(run) * sum(run[0].shape) for run in members)
+    header, contents, end = manifest.read_header(path, ModelHeader)
+    ends = [end]
+    while ends[-1] < size and (members := [found for found in _groups(contents) if found[0].rank >= len(ends)]):
+        n_values = sum((group.stop - group.start) * sum(entry.shape) for entry, group in members)
         ends.append(ends[-1] + n_values * tensors.ITEM_BYTES[header.dtype])
-        rank += 1
     if ends[-1] != size:
         raise BadUpdate(f"model file of {size} bytes does not end with one of its levels: fetch it again")
-    return header, ends
+    return header, contents, ends
 
 
 class StoredModel(Mapping[str, Factors]):
@@ -105,106 +113,102 @@ class StoredModel(Mapping[str, Factors]):
     def __init__(self, path: Path, *, max_bytes: int) -> None:
         """Read the header and the places.  Raises BadUpdate as `open_model`, OSError."""
         self._path = path
-        self._header, ends = open_model(path, max_bytes=max_bytes)
-        self._places: dict[str, tuple[Entry, list[int]]] = {e.name: (e, []) for e in self._header.matrices if e.rank}
+        self._header, self._contents, ends = _open(path, max_bytes)
+        self._offsets: list[list[int]] = [[] for _ in self._contents.groups]
         for rank, at in enumerate(ends[:-1], start=1):
-            for entry in _members(self._header, rank):
-                self._places[entry.name][1].append(at)
-                at += sum(entry.shape) * tensors.ITEM_BYTES[self._header.dtype]  # noqa: PLW2901 - goes along the level
+            for number, (entry, group) in enumerate(_groups(self._contents)):
+                if entry.rank >= rank:
+                    self._offsets[number].append(at)
+                    at += (group.stop - group.start) * self._line_bytes(entry)  # noqa: PLW2901 - goes along the level
+
+    def _line_bytes(self, entry: Entry) -> int:
+        return sum(entry.shape) * tensors.ITEM_BYTES[self._header.dtype]
 
     def __getitem__(self, name: str) -> Factors:
         """Both factors of one matrix in float32."""
-        entry, places = self._places[name]
-        found = _empty([entry], len(places))
+        if name not in self:
+            raise KeyError(name)
+        number, place = self._contents.place(name)
+        entry, offsets = self._contents.entries[self._contents.groups[number].start], self._offsets[number]
+        found = _empty(entry, 1, len(offsets))
         with self._path.open("rb") as file:
-            for rank, at in enumerate(places, start=1):
-                file.seek(at)
-                _fill(list(_lines([([entry], found)], rank)), file, self._header.dtype)
+            for rank, offset in enumerate(offsets, start=1):
+                file.seek(offset + place * self._line_bytes(entry))
+                _fill(list(_lines([([name], found)], rank)), file, self._header.dtype)
         (factors,) = found
         return factors
 
     def __contains__(self, name: object) -> bool:
         """Whether the model has it, without reading it."""
-        return name in self._places
+        return bool(self._contents.ranks.get(cast("str", name)))
 
     def __iter__(self) -> Iterator[str]:
         """The names."""
-        return iter(self._places)
+        return (name for name, rank in self._contents.ranks.items() if rank)
 
     def __len__(self) -> int:
         """How many matrices there are."""
-        return len(self._places)
+        return sum(map(bool, self._contents.ranks.values()))
 
 
-def _members(header: ModelHeader, rank: int) -> list[Entry]:
-    return [entry for entry in header.matrices if entry.rank >= rank]
+def _groups(contents: Contents) -> Iterator[tuple[Entry, slice]]:
+    """Where matrices of one shape and rank stand, which is side by side in every level, and the first of them."""
+    return ((contents.entries[group.start], group) for group in contents.groups)
 
 
-def _runs(entries: Entries) -> Iterator[Sequence[Entry]]:
-    """Matrices of one shape and rank, a few at a time: they stand side by side in every level."""
-    return runs(entries, lambda e: (e.rank, e.shape), lambda e: sum(e.shape))
-
-
-def _empty(run: Sequence[Entry], rank: int) -> Stack:
-    n, kept, (d_out, d_in) = len(run), min(run[0].rank, rank), run[0].shape
+def _empty(entry: Entry, n: int, rank: int) -> Stack:
+    """Of `n` such matrices, with at most so many components."""
+    kept, (d_out, d_in) = min(entry.rank, rank), entry.shape
     return Stack(np.empty((n, kept, d_in), np.float32), np.empty((n, d_out, kept), np.float32))
 
 
-def _lines(stacks: Iterable[tuple[Sequence[Entry], Stack]], rank: int) -> Iterator[_Lines]:
+def _lines(runs: Iterable[Run], rank: int) -> Iterator[_Lines]:
     """What a level holds, as views in the order of the file."""
-    for run, stack in stacks:
-        if run[0].rank >= rank:
-            yield run, stack.a[:, rank - 1], stack.b[:, :, rank - 1]
+    for names, stack in runs:
+        if stack.rank >= rank:
+            yield names, stack.a[:, rank - 1], stack.b[:, :, rank - 1]
 
 
-def _few(lines: Iterable[_Lines]) -> Iterator[list[_Lines]]:
+def _together(lines: Iterable[_Lines]) -> Iterator[list[_Lines]]:
     """Those that are short together: to encode and to look at many small ones one by one would take longer."""
-    few: list[_Lines] = []
+    short: list[_Lines] = []
     n_values = 0
     for line in lines:
         size = line[1].size + line[2].size
-        if few and n_values + size > FEW_VALUES:
-            yield few
-            few, n_values = [], 0
-        few.append(line)
+        if short and n_values + size > FEW_VALUES:
+            yield short
+            short, n_values = [], 0
+        short.append(line)
         n_values += size
-    if few:
-        yield few
+    if short:
+        yield short
 
 
-def _cut(grouped: Iterable[Sequence[Entry]], adapter: Adapter, rank: int) -> Iterator[_Lines]:
-    """The same of an adapter, copied."""
-    for run in grouped:
-        if run[0].rank >= rank:
-            factors = [adapter[entry.name] for entry in run]
-            yield run, np.stack([f.a[rank - 1] for f in factors]), np.stack([f.b[:, rank - 1] for f in factors])
-
-
-def _level(grouped: Iterable[Sequence[Entry]], adapter: Adapter, rank: int, dtype: Wire) -> Iterator[bytes]:
-    for few in _few(_cut(grouped, adapter, rank)):
-        values = np.concatenate([np.hstack([rows, columns]).reshape(-1) for _, rows, columns in few])
+def _level(runs: Iterable[Run], rank: int, dtype: Wire) -> Iterator[bytes]:
+    for lines in _together(_lines(runs, rank)):
+        values = np.concatenate([np.hstack([rows, columns]).reshape(-1) for _, rows, columns in lines])
         block = tensors.encode(values, dtype)
-        _check_finite(few, values if dtype == "fp32" else tensors.decode(block, values.shape, dtype))
+        _check_finite(lines, values if dtype == "fp32" else tensors.decode(block, values.shape, dtype))
         yield block
 
 
-def _fill(few: list[_Lines], file: BinaryIO, dtype: Wire) -> None:
+def _fill(lines: list[_Lines], file: BinaryIO, dtype: Wire) -> None:
     """Read lines that lie one behind the other in the file."""
-    n_values = sum(rows.size + columns.size for _, rows, columns in few)
+    n_values = sum(rows.size + columns.size for _, rows, columns in lines)
     values = tensors.decode(file.read(n_values * tensors.ITEM_BYTES[dtype]), (n_values,), dtype)
-    _check_finite(few, values)
+    _check_finite(lines, values)
     at = 0
-    for run, rows, columns in few:
-        here = values[at : at + rows.size + columns.size].reshape(len(run), -1)
+    for names, rows, columns in lines:
+        here = values[at : at + rows.size + columns.size].reshape(len(names), -1)
         rows[:], columns[:] = np.hsplit(here, [rows.shape[1]])
         at += here.size
 
 
-def _check_finite(few: list[_Lines], values: F32) -> None:
+def _check_finite(lines: list[_Lines], values: F32) -> None:
     """`values` are those of the lines, one behind the other."""
     if np.isfinite(values).all():
         return
-    entries = [entry for run, _, _ in few for entry in run]
-    ends = np.cumsum([sum(entry.shape) for entry in entries])
-    entry = entries[int(np.searchsorted(ends, np.argmin(np.isfinite(values)), side="right"))]
-    raise BadUpdate(f"matrix {entry.name!r} of the model has values that are not finite numbers")
+    named = [(name, (rows.size + columns.size) // len(names)) for names, rows, columns in lines for name in names]
+    ends = np.cumsum([n_values for _, n_values in named])
+    name, _ = named[int(np.searchsorted(ends, np.argmin(np.isfinite(values)), side="right"))]
+    raise BadUpdate(f"matrix {name!r} of the model has values that are not finite numbers")

@@ -17,19 +17,20 @@ a fault is a BadUpdate that names the matrix.  A flipped bit inside a value is t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Final, Literal, TypeAlias
 
+import msgspec
 import numpy as np
 from msgspec import Meta
 
 from protocol import files, manifest, quantized, tensors
-from protocol.adapters import Adapter, Factors, Stack, runs
+from protocol.adapters import Adapter, Factors, Stack, Stacks, few
 from protocol.errors import BadUpdate
-from protocol.manifest import Entries, Entry, Header
+from protocol.manifest import Contents, Entry, Header
 from protocol.messages import MAX_MATRICES, Count, UpdateDtype
 from protocol.tensors import F32, Bytes
 
@@ -58,7 +59,7 @@ class LoraHeader(Header, frozen=True, kw_only=True):
     round: Count
     attempt: Count
     dtype: UpdateDtype
-    matrices: Entries
+    matrices: msgspec.Raw
     scores: Annotated[list[Scores], Meta(max_length=MAX_MATRICES)] = []
     """By matrix, in the order of `matrices`, or none at all."""
 
@@ -70,34 +71,37 @@ class LoraUpdate:
     path: Path
     header: LoraHeader
     size: int
-    ranks: Mapping[str, int]
-    """Rank of every matrix in the file; 0 for a matrix that was trained and did not move."""
-    _places: Mapping[str, tuple[Entry, int]]
+    contents: Contents
+    _offsets: Sequence[int]
+    """Of the first record of each group of the contents."""
 
     @classmethod
     def open(cls, path: Path, *, max_bytes: int) -> LoraUpdate:
         """Read the header and check that the file is exactly as long as it says.  Raises BadUpdate, OSError."""
         size = _size_within(path, max_bytes)
-        header, end = manifest.read_header(path, LoraHeader)
-        manifest.check_sorted(header.matrices)
-        if header.scores and len(header.scores) != len(header.matrices):
-            raise BadUpdate(f"{len(header.scores)} lists of scores for {len(header.matrices)} matrices")
+        header, contents, end = manifest.read_header(path, LoraHeader)
+        if header.scores and len(header.scores) != len(contents.entries):
+            raise BadUpdate(f"{len(header.scores)} lists of scores for {len(contents.entries)} matrices")
         _check_scores(header.scores)
-        places: dict[str, tuple[Entry, int]] = {}
-        for run in _runs(header.matrices):
-            n_record = _FRAME_BYTES + sum(_lengths(run[0], header.dtype))
-            for at, entry in enumerate(run):
-                places[entry.name] = entry, end + at * n_record
-            end += len(run) * n_record
+        offsets = []
+        for group in contents.groups:
+            offsets.append(end)
+            n_record = _FRAME_BYTES + sum(_lengths(contents.entries[group.start], header.dtype))
+            end += (group.stop - group.start) * n_record
         if size != end:
             raise BadUpdate(f"update of {size} bytes should have {end} by its header: truncated or damaged, send again")
-        return cls(path, header, size, {entry.name: entry.rank for entry in header.matrices}, places)
+        return cls(path, header, size, contents, offsets)
+
+    @property
+    def ranks(self) -> Mapping[str, int]:
+        """Rank of every matrix in the file; 0 for a matrix that was trained and did not move."""
+        return self.contents.ranks
 
     @property
     def scores(self) -> dict[str, list[float]]:
         """What the agent measured on the way about the importance of rank-1 triplets, descending; {} if it did not."""
-        found = zip(self.header.matrices, self.header.scores, strict=False)  # one for each, or none
-        return {entry.name: sorted(_numbers(scores), reverse=True) for entry, scores in found if scores}
+        found = zip(self.contents.names, self.header.scores, strict=False)  # one for each, or none
+        return {name: sorted(_numbers(scores), reverse=True) for name, scores in found if scores}
 
     def check(self, ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> None:
         """Raises BadUpdate naming the first matrix that differs from the plan.
@@ -105,10 +109,12 @@ class LoraUpdate:
         The matrices must be exactly those of `ranks`, with the shapes (d_out, d_in) of the base model.  A rank may be
         lower than planned, because an agent may cut components without energy, but never higher.
         """
+        if (self.ranks, self.contents.shapes) == (ranks, shapes):  # one look at all of them
+            return
         if stray := self.ranks.keys() ^ ranks.keys():
             name = min(stray)
             raise BadUpdate(f"matrix {name!r} is {'missing from the update' if name in ranks else 'not in the plan'}")
-        for entry in self.header.matrices:
+        for entry in self.contents.entries:
             if entry.shape != shapes[entry.name]:
                 raise BadUpdate(f"matrix {entry.name!r} has shape {entry.shape}, the base has {shapes[entry.name]}")
             if entry.rank > ranks[entry.name]:
@@ -116,13 +122,15 @@ class LoraUpdate:
 
     def check_values(self) -> None:
         """Read everything once, a few matrices at a time.  Raises BadUpdate for bad framing or a value that is not finite."""
-        for run in _runs(self.header.matrices):
-            names = [entry.name for entry in run]
-            _check_finite(names, self.stack(names))
+        for group in self.contents.groups:
+            entry = self.contents.entries[group.start]
+            for part in few(group, entry.rank * sum(entry.shape)):
+                names = self.contents.names[part]
+                _check_finite(names, self.stack(names))
 
     def shape(self, name: str) -> tuple[int, int]:
         """(d_out, d_in) of one matrix.  Raises KeyError for an unknown name."""
-        return self._places[name][0].shape
+        return self.contents.shapes[name]
 
     def factors(self, name: str) -> Factors:
         """A and B of one matrix as float32.  Raises KeyError for an unknown name, BadUpdate when the file is damaged."""
@@ -131,11 +139,12 @@ class LoraUpdate:
 
     def stack(self, names: Sequence[str]) -> Stack:
         """Those of matrices of one shape and rank that stand one behind the other in the file.  Raises as `factors`."""
-        entry, offset = self._places[names[0]]
+        number, place = self.contents.place(names[0])
+        entry = self.contents.entries[self.contents.groups[number].start]
         n_a, n_b = _lengths(entry, self.header.dtype)
         n_record, opening = _FRAME_BYTES + n_a + n_b, _open_a(n_a)
         with self.path.open("rb", buffering=0) as file:
-            data = os.pread(file.fileno(), len(names) * n_record, offset)
+            data = os.pread(file.fileno(), len(names) * n_record, self._offsets[number] + place * n_record)
         if len(data) == len(names) * n_record:
             records = np.frombuffer(data, np.uint8).reshape(len(names), n_record)
             frame = np.frombuffer(opening + _bin(n_b), np.uint8)
@@ -193,6 +202,7 @@ def write_update(
     Raises BadUpdate, and leaves `path` as it was, when a value is not finite in `dtype`: training diverged, or fp16 is too
     narrow for it.
     """
+    stacks = Stacks.of(adapter)
     header = LoraHeader(
         v=manifest.VERSION,
         kind=kind,
@@ -200,19 +210,14 @@ def write_update(
         round=round,
         attempt=attempt,
         dtype=dtype,
-        matrices=manifest.entries_of(adapter),
-        scores=[_packed(scores.get(name, ())) for name in sorted(adapter)] if scores else [],
+        matrices=manifest.packed_entries(stacks),
+        scores=[_packed(scores.get(name, ())) for name in stacks] if scores else [],
     )
     with files.replacing(path) as file:
         file.write(manifest.pack_header(header))
-        for run in _runs(header.matrices):
-            file.write(_records([entry.name for entry in run], [adapter[entry.name] for entry in run], dtype))
+        for names, stack in stacks.few():
+            file.write(_records(names, stack, dtype))
         return file.tell()
-
-
-def _runs(entries: Entries) -> Iterator[Sequence[Entry]]:
-    """Matrices of one shape and rank, a few at a time."""
-    return runs(entries, lambda e: (e.rank, e.d_out, e.d_in), lambda e: e.rank * (e.d_out + e.d_in))
 
 
 def _packed(scores: Sequence[float]) -> bytes:
@@ -232,9 +237,8 @@ def _check_scores(scores: Sequence[bytes | list[float]]) -> None:
             raise BadUpdate(f"scores must be numbers from 0 to {MAX_SCORE:g}")
 
 
-def _records(names: Sequence[str], factors: Sequence[Factors], dtype: UpdateDtype) -> bytes:
+def _records(names: Sequence[str], stack: Stack, dtype: UpdateDtype) -> bytes:
     """Those of matrices of one shape and rank.  Raises BadUpdate for a value that is not finite in `dtype`."""
-    stack = Stack.of(factors)
     a, b = _encode(stack.a, dtype), _encode(stack.b.transpose(0, 2, 1) if dtype in _BY_COMPONENT else stack.b, dtype)
     _check_finite(names, stack if dtype == "fp32" else _decode(stack.shapes, a, b, dtype))
     (_, n_a), (_, n_b) = a.shape, b.shape

@@ -169,6 +169,8 @@ def words(kind: mi.Type) -> str:
             return " or ".join(words(one) for one in kinds)
         case mi.NoneType():
             return "nil"
+        case mi.RawType():  # of a header, whose table of contents is read by itself
+            return words(mi.type_info(manifest.Entries))
         case mi.StructType(cls=cls) | mi.EnumType(cls=cls):
             return f"[{cls.__name__}](#{'execution-states' if cls is messages.ExecState else cls.__name__.lower()})"
     raise TypeError(kind)

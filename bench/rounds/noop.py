@@ -10,6 +10,8 @@ than any real one.  Registered as a plug-in by bench/rounds/fleet.py, in process
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -19,7 +21,7 @@ import numpy as np
 from agent.child import Evaluated, Finished, Phase, Surveyed, TrainTask
 from agent.trainers import Running
 from protocol import messages
-from protocol.adapters import Adapter, Factors
+from protocol.adapters import Adapter, Stack, Stacks, alike
 from protocol.messages import Matrix, Plan
 from protocol.methods import Method
 from protocol.models import read_model
@@ -56,7 +58,7 @@ class Values:
         received = read_model(Path(task.model_file), max_bytes=task.max_model_bytes) if task.model_file else {}
         write_update(
             Path(task.out_file),
-            moved(received, plan, self._shapes(task)),
+            moved(received, plan, partial(self._shapes, task)),
             job=plan.job,
             round=plan.round,
             attempt=plan.attempt,
@@ -76,15 +78,21 @@ class Delta(Values):
     produces: ClassVar[Kind] = "lora"
 
 
-def moved(received: Adapter, plan: Plan, shapes: dict[str, tuple[int, int]]) -> Adapter:
-    """Factors of the planned ranks: those received, or ones that are drawn where nothing was, plus the share's own number."""
+def moved(received: Adapter, plan: Plan, survey: Callable[[], dict[str, tuple[int, int]]]) -> Stacks:
+    """Factors of the planned ranks, those received or else ones that are drawn, plus the share's own number."""
     seed = plan.train.seed if plan.train else 0
-    draw, shift = np.random.default_rng(seed), np.float32(1e-3 * (seed % 9973 + 1))
-    found = {}
-    for name, rank in plan.ranks.items():
-        known = received.get(name)
-        if known is None or known.rank != rank:
-            d_out, d_in = shapes[name]
-            known = Factors(draw.random((rank, d_in), np.float32), draw.random((d_out, rank), np.float32))
-        found[name] = Factors(known.a + shift, known.b + shift)
-    return found
+    shift = np.float32(1e-3 * (seed % 9973 + 1))
+    known = Stacks.of(received)
+    if known.ranks != plan.ranks:
+        known = drawn(plan.ranks, survey(), np.random.default_rng(seed))
+    return Stacks((names, Stack(stack.a + shift, stack.b + shift)) for names, stack in known.runs)
+
+
+def drawn(ranks: dict[str, int], shapes: dict[str, tuple[int, int]], draw: np.random.Generator) -> Stacks:
+    """Random factors."""
+    names, runs = sorted(ranks), []
+    for whole in alike(names, lambda name: (ranks[name], shapes[name])):
+        n, rank, (d_out, d_in) = whole.stop - whole.start, ranks[names[whole.start]], shapes[names[whole.start]]
+        stack = Stack(draw.random((n, rank, d_in), np.float32), draw.random((n, d_out, rank), np.float32))
+        runs.append((names[whole], stack))
+    return Stacks(runs)

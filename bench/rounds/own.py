@@ -36,7 +36,8 @@ class Phases(msgspec.Struct, frozen=True, kw_only=True):
 class Own(msgspec.Struct, frozen=True, kw_only=True):
     """One job's figures: medians over its rounds, the first left out because it has no model to download.
 
-    Fields: processor seconds of a round by kind of process, all agents (and all children) together; bytes through the broker in
+    Fields: processor seconds of a round by kind of process, all agents (and all children) together: those of the job less
+    those of a job of one round, which has the survey, the export and the round without a model; bytes through the broker in
     both directions of a round; idle and peak RSS in bytes of coordinator, broker, the largest agent and its child.
     """
 
@@ -79,14 +80,19 @@ async def measured(
         await asyncio.sleep(settle_s)
         pids = found.pids()
         idle = {kind: max(watching.resident_bytes(pid) for pid in of) for kind, of in _kinds(pids).items()}
-        await found.submit("first", method, 2)  # children are started, files and code are warm
-        await found.ended("first", every_s=0.2)
+        await found.submit("warm", method, 2)  # children are started, files and code are warm
+        await found.ended("warm", every_s=0.2)
+        at = [_cpu(pids)]
+        await found.submit("short", method, 1)
+        await found.ended("short")
+        at.append(_cpu(pids))
         for pid in pids.values():
             watching.forget_peak(pid)
-        cpu, through = _cpu(pids), await _broker_bytes(found)
-        await found.submit("second", method, n_rounds + 1)
-        job = await found.ended("second")
-        spent, moved = _cpu(pids), await _broker_bytes(found) - through
+        through = await _broker_bytes(found)
+        await found.submit("long", method, n_rounds + 1)
+        job = await found.ended("long")
+        at.append(_cpu(pids))
+        moved = await _broker_bytes(found) - through
         peak = {kind: max(watching.peak_bytes(pid) for pid in of) for kind, of in _kinds(pids).items()}
         rounds = [record for record in job.history if record.purpose == "train"]
         ends = [record.opened_at for record in job.history][1:]
@@ -99,7 +105,7 @@ async def measured(
             has_tls=has_tls,
             rounds_s=[after - before for before, after in pairwise([rounds[1].opened_at, *ends[1:]])],
             phases=Phases(**{name: median(getattr(p, name) for p in phases) for name in Phases.__struct_fields__}),
-            cpu_s={kind: (spent[kind] - cpu[kind]) / len(rounds) for kind in spent},
+            cpu_s={kind: (at[2][kind] - 2 * at[1][kind] + at[0][kind]) / n_rounds for kind in at[0]},
             broker_bytes=moved / len(rounds),
             idle_bytes=idle,
             peak_bytes=peak,

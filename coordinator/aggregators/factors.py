@@ -22,14 +22,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, repeat
 from typing import ClassVar
 
 import numpy as np
 
 from coordinator.aggregators import Aggregate, Weighted
-from coordinator.aggregators.product import check_range, in_order
-from protocol.adapters import F64, Factors, Stack, runs, truncate
+from coordinator.aggregators.product import check_range, in_order, trained_names
+from protocol.adapters import F64, Factors, Run, Stack, Stacks, alike, few, truncate
+from protocol.tensors import F32
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +45,17 @@ class Average:
     ) -> Aggregate:
         """See Aggregator.aggregate; server_lr moves the model that part of the way to the mean."""
         ordered = in_order(updates)
-        names = sorted({name for u in ordered for name in u.update.ranks})
-        adapter = {name: model[name] for name in sorted(model.keys() - set(names))}
+        names = trained_names(ordered)
+        untouched = ((name, model[name]) for name in sorted(model.keys() - set(names)))
+        found: list[Run] = [([name], Stack.of([factors])) for name, factors in untouched]
         dropped_ratio: dict[str, float] = {}
         kept = model if server_lr != 1.0 else {}
         for run in _alike(names, kept, ordered):
             whole = self._mean(run, kept, [u for u in ordered if run[0] in u.update.ranks], server_lr)
-            for name, factors in zip(run, whole, strict=True):
-                adapter[name], dropped_ratio[name] = truncate(factors, max_rank), _dropped(factors, max_rank)
-        return Aggregate({name: factors for name, factors in adapter.items() if factors.rank}, dropped_ratio)
+            found.append((run, whole.truncate(max_rank)))
+            cut = map(_dropped, whole, repeat(max_rank)) if whole.rank > max_rank else repeat(0.0)
+            dropped_ratio |= zip(run, cut, strict=False)
+        return Aggregate(Stacks(run for run in found if run[1].rank), dropped_ratio)
 
     def _mean(
         self, run: Sequence[str], kept: Mapping[str, Factors], trained: Sequence[Weighted], server_lr: float
@@ -61,15 +64,13 @@ class Average:
         old = [(1.0 - server_lr, Stack.of([kept[name] for name in run]))] if run[0] in kept else []
         shares = server_lr * self._shares(run, trained)
         terms = ((share[:, None, None], u.update.stack(run)) for share, u in zip(shares, trained, strict=True))
-        rank = max([*(u.update.ranks[run[0]] for u in trained), *(stack.a.shape[1] for _, stack in old)])
+        rank = max([*(u.update.ranks[run[0]] for u in trained), *(stack.rank for _, stack in old)])
         d_out, d_in = trained[0].update.shape(run[0])
         a, b = np.zeros((len(run), rank, d_in)), np.zeros((len(run), d_out, rank))
         for scale, stack in chain(old, terms):
-            n = stack.a.shape[1]
-            for total, side in ((a[:, :n], stack.a), (b[:, :, :n], stack.b)):
-                term = side.astype(np.float64)
-                term *= scale
-                np.add(total, term, out=total)
+            _add(a[:, : stack.rank], scale, stack.a)
+            _add(b[:, :, : stack.rank], scale, stack.b)
+            del stack  # before the next is read
         with np.errstate(over="ignore"):
             found = Stack(a.astype(np.float32), b.astype(np.float32))
         if not (np.isfinite(found.a).all() and np.isfinite(found.b).all()):
@@ -78,37 +79,40 @@ class Average:
         return found
 
     def _shares(self, run: Sequence[str], trained: Sequence[Weighted]) -> F64:
-        """What each agent counts in each matrix, (agents, matrices); they sum to one."""
-        weights = np.repeat([[u.weight] for u in trained], len(run), axis=1)
+        """What each agent counts in each matrix, (agents, matrices or 1 for all of them); they sum to one."""
+        weights = np.array([[u.weight] for u in trained])
         if self.by_norm:
             norms = np.array([[factors.norm() for factors in u.update.stack(run)] for u in trained])
             # Before anything has moved all norms are zero, and then only the samples can decide.
-            weights *= np.where(norms.any(axis=0), norms, 1.0)
+            weights = weights * np.where(norms.any(axis=0), norms, 1.0)
         return weights / [math.fsum(column) for column in weights.T]
 
 
 def _alike(names: Sequence[str], kept: Mapping[str, Factors], ordered: Sequence[Weighted]) -> Iterator[Sequence[str]]:
     """Runs of matrices of one shape, which the same agents trained at the same ranks and the model holds at one rank."""
+    tables = [(u.update.ranks, u.update.shape) for u in ordered]
+    tables = list({id(ranks): (ranks, shape) for ranks, shape in tables}.values())  # like updates have one in common
 
-    def sort(name: str) -> tuple[object, ...]:
-        trained = next(u for u in ordered if name in u.update.ranks)
-        return (
-            trained.update.shape(name),
-            kept[name].rank if name in kept else None,
-            *(u.update.ranks.get(name) for u in ordered),
-        )
+    def sort(name: str) -> tuple[tuple[int, int], int | None, list[int]]:
+        shape = next(shape for ranks, shape in tables if name in ranks)
+        return shape(name), kept[name].rank if name in kept else None, [ranks.get(name, -1) for ranks, _ in tables]
 
-    def n_values(name: str) -> int:
-        trained = [u for u in ordered if name in u.update.ranks]
-        return sum(trained[0].update.shape(name)) * max(u.update.ranks[name] for u in trained)
+    for whole in alike(names, sort):
+        shape, _, ranks = sort(names[whole.start])
+        for part in few(whole, sum(shape) * max(ranks)):
+            yield names[part]
 
-    return runs(names, sort, n_values)
+
+def _add(total: F64, scale: F64 | float, side: F32) -> None:
+    """Add scale * side, a few values at a time."""
+    for rows in few(slice(0, side.shape[1]), side.shape[0] * side.shape[2]):
+        term = side[:, rows].astype(np.float64)
+        term *= scale
+        total[:, rows] += term
 
 
 def _dropped(whole: Factors, rank: int) -> float:
     """Share of the squared norms on the cut side, 0 to 1; the two sides need not be orthogonal."""
-    if whole.rank <= rank:
-        return 0.0
     kept = truncate(whole, rank).norm() ** 2
     cut = Factors(a=whole.a[rank:], b=whole.b[:, rank:]).norm() ** 2
     return cut / (kept + cut) if cut else 0.0

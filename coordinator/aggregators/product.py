@@ -38,14 +38,14 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import ClassVar, Final
 
 import numpy as np
 
 from coordinator.aggregators import Aggregate, Weighted, krylov
 from coordinator.aggregators.krylov import Leading, Term
-from protocol.adapters import Adapter, Factors, principal
+from protocol.adapters import Factors, principal
 from protocol.errors import BadUpdate
 
 EXACT_WIDTH: Final = 256
@@ -86,8 +86,8 @@ def sum_of_products(
     Aggregator.aggregate.
     """
     ordered = in_order(updates)
-    names = sorted({name for u in ordered for name in u.update.ranks})
-    adapter: Adapter = {name: model[name] for name in sorted(model.keys() - set(names))}
+    names = trained_names(ordered)
+    adapter = {name: model[name] for name in sorted(model.keys() - set(names))}
     dropped_ratio: dict[str, float] = {}
 
     def work(name: str) -> Leading:
@@ -133,6 +133,11 @@ def in_order(updates: Sequence[Weighted]) -> list[Weighted]:
         if not 0 < u.weight < math.inf:
             raise ValueError(f"agent {u.agent} has the weight {u.weight}")
     return ordered
+
+
+def trained_names(ordered: Sequence[Weighted]) -> list[str]:
+    """The matrices that somebody trained, in order; in nearly that order they come, which makes sorting cheap."""
+    return sorted(dict.fromkeys(chain.from_iterable(u.update.ranks for u in ordered)))
 
 
 def _trained(name: str, ordered: Sequence[Weighted]) -> list[Weighted]:

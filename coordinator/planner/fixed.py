@@ -23,7 +23,8 @@ def select(matrices: Sequence[Matrix], targets: Iterable[str]) -> list[Matrix]:
     """The matrices that the targets name.  Raises BadConfig for a target that names none."""
     chosen: dict[str, Matrix] = {}
     for target in targets:
-        found = [m for m in matrices if target in {"all", m.name} or m.name.endswith("." + target)]
+        all_of_them = target == "all"
+        found = [m for m in matrices if all_of_them or m.name == target or m.name.endswith("." + target)]
         if not found:
             kinds = sorted({m.name.rsplit(".", 1)[-1] for m in matrices})
             raise BadConfig(f"target {target!r} names no matrix of the base; it has {', '.join(kinds)}")

@@ -51,7 +51,7 @@ def make_factors(rng: np.random.Generator, name: str, rank: int) -> Factors:
     return Factors(a, (scale * rng.normal(size=(d_out, rank))).astype(np.float32))
 
 
-def make_adapter(rng: np.random.Generator, max_rank: int = 8, share: float = 0.7) -> Adapter:
+def make_adapter(rng: np.random.Generator, max_rank: int = 8, share: float = 0.7) -> dict[str, Factors]:
     chosen = [name for name in SHAPES if rng.random() < share] or ["q"]
     return {name: make_factors(rng, name, int(rng.integers(1, max_rank + 1))) for name in chosen}
 

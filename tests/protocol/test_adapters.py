@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.adapters import F64, Factors, canonical, cut_energy, principal, truncate
+from protocol import adapters
+from protocol.adapters import F64, Factors, Stack, Stacks, canonical, cut_energy, principal, truncate
 
 
 def factors(rng: np.random.Generator, d_out: int, d_in: int, rank: int) -> Factors:
@@ -78,6 +79,44 @@ def test_energy_is_split_between_what_is_kept_and_what_is_dropped() -> None:
     cut = principal(f.b.astype(np.float64), f.a.astype(np.float64), 2)
     assert cut.energy == pytest.approx(f.norm() ** 2, rel=1e-6)
     assert cut.energy - cut.dropped_energy == pytest.approx(cut.to_factors().norm() ** 2, rel=1e-6)
+
+
+@given(st.tuples(st.integers(1, 90), st.integers(1, 90), st.integers(1, 6), st.integers(0, 2**32)))
+def test_a_tall_side_in_blocks_has_the_same_components(size: tuple[int, int, int, int]) -> None:
+    d_out, d_in, rank, seed = size
+    f = factors(np.random.default_rng(seed), d_out, d_in, rank)
+    whole = canonical(f)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapters, "QR_ROWS", 4)
+        blocks = canonical(f)
+    assert blocks.rank == whole.rank
+    assert np.allclose(dense(blocks), dense(f), atol=1e-6 * f.norm(), rtol=0)
+    assert np.allclose(blocks.b.T @ blocks.b, whole.b.T @ whole.b, atol=1e-6 * f.norm(), rtol=0)
+
+
+def test_blocks_are_as_exact_where_a_side_is_nearly_dependent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "QR_ROWS", 16)
+    f = factors(np.random.default_rng(8), 800, 430, 12)
+    near = Factors(np.vstack([f.a, f.a + np.float32(1e-6) * f.a[::-1]]), np.hstack([f.b, f.b]))
+    cut = principal(near.b.astype(np.float64), near.a.astype(np.float64), 12)
+    assert np.allclose(cut.b.T @ cut.b, np.diag(cut.singular[:12]), atol=1e-12 * cut.singular[0], rtol=0)
+    assert cut.dropped_energy < 1e-9 * cut.energy
+    assert np.allclose(cut.b @ cut.a, dense(near), atol=1e-4)
+
+
+def test_stacks_are_an_adapter_and_keep_what_is_in_order() -> None:
+    rng = np.random.default_rng(9)
+    adapter = {name: factors(rng, *size) for name, size in {"c": (4, 3, 2), "a": (4, 3, 2), "b": (5, 3, 1)}.items()}
+    found = Stacks.of(adapter)
+    assert [list(names) for names, _ in found.runs] == [["a"], ["b"], ["c"]]
+    assert (list(found), len(found), found.ranks) == (["a", "b", "c"], 3, {"a": 2, "b": 1, "c": 2})
+    assert all(np.array_equal(dense(found[name]), dense(f)) for name, f in adapter.items())
+    assert Stacks.of(found) is found
+    mixed = Stacks([(["a", "c"], Stack.of([adapter["a"], adapter["c"]])), (["b"], Stack.of([adapter["b"]]))])
+    assert list(Stacks.of(mixed)) == ["a", "b", "c"]
+    assert all(np.array_equal(dense(Stacks.of(mixed)[name]), dense(f)) for name, f in adapter.items())
+    with pytest.raises(KeyError):
+        found["d"]
 
 
 def test_norm_needs_no_dense_product() -> None:

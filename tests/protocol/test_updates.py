@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from protocol.adapters import Adapter, Factors
 from protocol.errors import BadUpdate
 from protocol.messages import UpdateDtype
+from protocol.models import read_model, write_model
 from protocol.updates import LoraUpdate, open_update, write_update
 
 WHICH: dict[str, Any] = {"job": "j1", "round": 3, "attempt": 1}
@@ -20,7 +21,7 @@ RANKS = {"layers.0.q": 4, "layers.0.v": 2, "layers.1.up": 1}
 SHAPES = {"layers.0.q": (6, 5), "layers.0.v": (3, 5), "layers.1.up": (7, 2)}
 
 
-def make_adapter(seed: int = 0, ranks: dict[str, int] = RANKS) -> Adapter:
+def make_adapter(seed: int = 0, ranks: dict[str, int] = RANKS) -> dict[str, Factors]:
     rng = np.random.default_rng(seed)
     return {
         name: Factors(
@@ -100,6 +101,27 @@ def test_equal_adapters_have_equal_bytes(path: Path, tmp_path: Path) -> None:
     write(path, adapter)
     write(tmp_path / "other", dict(sorted(adapter.items())))
     assert path.read_bytes() == (tmp_path / "other").read_bytes()
+
+
+def test_what_a_model_was_read_into_is_written_as_if_it_were_single_matrices(path: Path, tmp_path: Path) -> None:
+    write_model(tmp_path / "model", make_adapter(), version=1, dtype="fp32")
+    received = read_model(tmp_path / "model", max_bytes=10**6)
+    write(path, received)
+    write(tmp_path / "single", dict(received))
+    assert path.read_bytes() == (tmp_path / "single").read_bytes()
+
+
+def test_updates_with_one_table_of_contents_share_it_and_no_others(tmp_path: Path) -> None:
+    found = []
+    for name, seed, ranks in (("one", 1, RANKS), ("two", 2, RANKS), ("less", 3, {**RANKS, "layers.0.q": 1})):
+        write(tmp_path / name, make_adapter(seed, ranks))
+        found.append(read(tmp_path / name))
+    assert found[0].contents is found[1].contents
+    assert found[0].ranks == RANKS
+    assert found[2].ranks["layers.0.q"] == 1
+    assert not np.array_equal(found[0].factors("layers.0.v").a, found[1].factors("layers.0.v").a)
+    for update in found:
+        update.check(RANKS, SHAPES)
 
 
 def test_any_msgpack_reader_can_follow_it(path: Path) -> None:
