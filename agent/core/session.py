@@ -165,7 +165,7 @@ class Session:
                 self.work.plan = plan  # its model now comes in chunks of another size
                 self._fetch(plan)
             return
-        if any((o.job, o.round) == (plan.job, plan.round) for o in self.outbox.values()):
+        if self._owes(plan):
             self._restate(birth=False)
             return
         if plan.method not in self.methods:
@@ -194,6 +194,10 @@ class Session:
         work = self.work
         key = (plan.job, plan.round, plan.attempt)
         return work is not None and work.key == key and not work.unwanted and work.stage is not Stage.KILLED
+
+    def _owes(self, plan: Plan) -> bool:
+        """Whether the round of a plan is trained already, in whichever attempt."""
+        return any((offer.job, offer.round) == (plan.job, plan.round) for offer in self.outbox.values())
 
     def _begin(self, plan: Plan, came_at: float) -> None:
         self.waiting = None
@@ -356,9 +360,11 @@ class Session:
             self._out.append(act.StopChild(reason=reason, suspend=True))
 
     def _next(self) -> None:
-        self.work = None
-        if self.waiting:
-            self._begin(self.waiting, self._waiting_since)
+        self.work, plan = None, self.waiting
+        if plan and self._owes(plan):  # kept when the round was put off, and offered with its end
+            self.waiting = None
+        elif plan:
+            self._begin(plan, self._waiting_since)
 
     def _stop_work(self, reason: str, *, discard: bool) -> None:
         work, reason = self.work, reason or "not wanted any more"

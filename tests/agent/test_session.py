@@ -588,6 +588,13 @@ def test_what_cannot_be_kept_for_another_attempt_is_handed_in() -> None:
     play.plan(attempt=1).brings(act.OfferUpdate)
 
 
+@pytest.mark.parametrize("attempt", [0, 1])
+def test_what_is_handed_in_answers_the_plan_that_waits_for_its_child(attempt: int) -> None:
+    update = an_offer(a_plan(), samples=2)
+    play = Play().plan().began("training").cancel(keep=True).plan(attempt=attempt).brings()
+    play.finished(update, stopped="not needed").brings(act.OfferUpdate, act.Say).says(ExecState.UPLOADING).idle()
+
+
 def test_what_a_deadline_had_stopped_before_is_handed_in_for_another_attempt() -> None:
     update = an_offer(a_plan(), samples=2)
     play = Play().plan().began("training").tick().cancel(keep=True).brings()
