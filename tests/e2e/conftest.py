@@ -4,8 +4,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import chain
@@ -26,6 +24,7 @@ from fedpipe.client import Coordinator
 from fedpipe.cluster import Cluster, Member, port_open
 from protocol.errors import Unavailable
 from protocol.files import replacing
+from tests.bulk.s3 import S3
 
 LIMIT_S = 900.0 if os.environ.get("FEDPIPE_CRASHES") == "all" else 240.0
 """For a job to end; with some eighty deaths on its way it takes longer."""
@@ -260,26 +259,17 @@ def armed_fleet(base: Path, texts: dict[str, Path]) -> Callable[[Path], ArmedFle
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Any]]:
-    """An S3 server with a bucket: started by a call, which brings the [bulk] table for it and its process."""
+    """An S3 server with a bucket: started by a call, which brings the [bulk] table for it, and itself."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    started: list[subprocess.Popen[bytes]] = []
+    server = S3()
 
-    async def start() -> tuple[dict[str, Any], subprocess.Popen[bytes]]:
-        port = free_port()
-        command = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)]
-        started.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))  # noqa: ASYNC220
-        await port_open("127.0.0.1", port, 60, "the S3 server")
-        endpoint = f"http://127.0.0.1:{port}"
-        headers = {"Authorization": "AWS4-HMAC-SHA256 Credential=test/20261120/us-east-1/s3/aws4_request"}
-        async with httpx.AsyncClient() as client:
-            (await client.put(f"{endpoint}/bulk", headers=headers)).raise_for_status()
-        return {"url": "s3://bulk/lab", "endpoint": endpoint, "min_bytes": 0}, started[-1]
+    async def start() -> tuple[dict[str, Any], S3]:
+        await asyncio.to_thread(server.start)
+        return {"url": "s3://bulk/lab", "endpoint": server.endpoint, "min_bytes": 0}, server
 
     yield start
-    for process in started:
-        process.kill()
-        process.wait()
+    server.kill()
 
 
 @pytest.fixture

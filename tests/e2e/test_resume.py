@@ -75,11 +75,10 @@ async def steered(running: Any, agent: str, calm: bytes, text: dict[str, Any]) -
         "completed",
     ]
     assert [(v.version, v.round, v.of) for v in job.versions] == [(1, 1, 0), (2, 1, 1), (3, 2, 0)]
+    assert await adapter(running, "steered", 2) == calm, "the same adapter twice"
     assert set(job.evaluations) >= {0, 2, 3}, "version 1 may be left before anybody has measured it"
     before, after = job.evaluations.get(1, {}), job.evaluations[2]
-    assert all(before[agent].loss == after[agent].loss for agent in before.keys() & after.keys()), (
-        "the same adapter twice"
-    )
+    assert all(before[agent].loss == after[agent].loss for agent in before.keys() & after.keys())
 
 
 def resumed_at(log: Path, job: str) -> list[int]:
@@ -96,7 +95,7 @@ async def kept(path: Path, job: str, *, at_step: int) -> None:
 
 
 async def adapter(running: Any, job: str, version: int | None = None) -> bytes:
-    tar, folder = running.cluster.folder / f"{job}.tar", running.cluster.folder / f"{job}-adapter"
+    tar, folder = running.cluster.folder / f"{job}-{version}.tar", running.cluster.folder / f"{job}-{version}"
     with Coordinator(f"http://127.0.0.1:{running.port}") as client:
         await asyncio.to_thread(client.adapter, job, version, tar)
     unpack(tar, folder)
