@@ -3,8 +3,8 @@
 What a device cannot tell (a MIG parent, a laptop part, inside a container) costs that field and no other.
 
 NVML is the driver's own library; `nvidia-ml-py` only binds it.  It is opened once and kept open: on a server without the
-persistence daemon the first client wakes the device up, which takes seconds.  Without a driver the attempt costs 0.1 ms,
-so it is made again each time and a driver that was installed later is found without a restart.
+persistence daemon the first client wakes the device up, which takes seconds.  Without a driver it is looked for again every few
+seconds, which is a search of the disk, so one that was installed later is found without a restart.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from protocol.messages import Gpu
 T = TypeVar("T")
 
 _opened: list[bool] = []
+_missing_at: list[float] = []
+LOOK_AGAIN_S: Final = 5.0
 MAX_GPUS: Final = 64
 UTILIZATION_S: Final = 3.0
 """How far back a process's use of the device counts: the driver takes a sample about once a second."""
@@ -33,6 +35,11 @@ def gpus(notes: list[str]) -> tuple[list[Gpu], str]:
     `CUDA_VISIBLE_DEVICES` is respected, by index in PCI order or by the beginning of a UUID.  What could not be read is added
     to `notes` in words.  Never raises for a missing or broken driver.
     """
+    missing = "no NVIDIA driver: training runs on the CPU"
+    if _missing_at and time.monotonic() - _missing_at[0] < LOOK_AGAIN_S:
+        notes.append(missing)
+        return [], ""
+    _missing_at.clear()
     try:
         if not _opened:
             nvml.nvmlInit()
@@ -40,7 +47,8 @@ def gpus(notes: list[str]) -> tuple[list[Gpu], str]:
         driver = _read(nvml.nvmlSystemGetDriverVersion, "", "driver version", notes)
         handles = [(i, nvml.nvmlDeviceGetHandleByIndex(i)) for i in range(min(nvml.nvmlDeviceGetCount(), MAX_GPUS))]
     except nvml.NVMLError_LibraryNotFound:
-        notes.append("no NVIDIA driver: training runs on the CPU")
+        _missing_at.append(time.monotonic())
+        notes.append(missing)
         return [], ""
     except nvml.NVMLError as error:
         _close()  # after a driver update the open library is useless; the next look opens it anew

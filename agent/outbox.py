@@ -7,13 +7,14 @@ listed is whole.  An update file alone is what a kill between the two left: with
 from __future__ import annotations
 
 import logging
+import os
 from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
-from protocol.blobs import digest_file, disk
-from protocol.files import replacing
+from protocol.blobs import digest, disk
+from protocol.files import replacing, start_writing
 from protocol.messages import Offer
 
 logger = logging.getLogger(__name__)
@@ -50,12 +51,15 @@ class Outbox:
         return offers
 
     def keep(self, file: Path, offer: Offer) -> Offer:
-        """Take over a finished, durable update file; the offer comes back with the blob's digest and size filled in.  Blocking.
+        """Take over a finished update file; the offer comes back with the blob's digest and size filled in.  Blocking.
 
         When the disk refuses, `file` is where it was and may be handed in again.
         """
         with disk(self.folder):
-            sha256, size = digest_file(file)
+            with file.open("rb") as data:
+                start_writing(data)  # the disk has as long as the digest takes
+                sha256, size = digest(data)
+                os.fsync(data.fileno())
             blob = msgspec.structs.replace(offer.blob, sha256=sha256, size=size)
             offer = msgspec.structs.replace(offer, blob=blob)
             target = self._file(sha256)

@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, Final
 from uuid import uuid4
@@ -139,7 +140,12 @@ def _room(folder: Path) -> str:
 def digest_file(path: Path) -> tuple[str, int]:
     """The sha256 (hex) and size in bytes of a file."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
+        return digest(file)
+
+
+def digest(file: BufferedReader) -> tuple[str, int]:
+    """The sha256 (hex) and size in bytes of what is to be read from the beginning on."""
+    return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
 
 
 def digest_prefixes(path: Path, sizes: Sequence[int]) -> list[str]:

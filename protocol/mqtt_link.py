@@ -7,8 +7,8 @@ or waits get lost in silence:
 - `lost` is the one fact that the connection is over; it carries the reason as words, and every wait for an answer of the
   broker ends with it (aiomqtt's pending calls run into their timeout instead);
 - a connection that dies before its CONNACK ends the attempt at once;
-- messages go straight to `deliver`, without a second queue, and are not taken apart by paho: that copies each payload three
-  times and makes an object of properties that nobody reads;
+- messages go straight to `deliver`, without a second queue, and neither they nor what is published at QoS 0 pass through paho:
+  its way costs three copies of a payload, a call of the socket for every few bytes and objects that nobody reads;
 - what is published goes to the socket at once, and the loop is asked to watch that only for what did not fit: to wake it for
   each message would cost as much again as the message;
 - a slow uplink is not taken for a dead one: while TCP still gets rid of a backlog, a ping behind it may take its time;
@@ -38,13 +38,14 @@ from typing import Any, Final
 import aiomqtt
 from paho.mqtt.client import Client as Paho
 from paho.mqtt.client import ConnectFlags, DisconnectFlags
-from paho.mqtt.enums import MQTTErrorCode
+from paho.mqtt.enums import MessageType, MQTTErrorCode
 from paho.mqtt.exception import MalformedPacket
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties, VariableByteIntegers
 from paho.mqtt.reasoncodes import ReasonCode
 
 from protocol.bus import MQTT_MAX_PACKET_BYTES, Address, Connected, Denied, NotConnected, Received, TooLarge, Will
+from protocol.mqtt_packets import Packets, publish_packet
 from protocol.mqtt_reasons import TAKEN_OVER, broken, denial, obstacle, parting, refusal, silent
 
 ANSWER_S: Final = 120.0
@@ -55,6 +56,8 @@ FAILURE: Final = 128
 NO_ANSWER: Final = 0
 MAX_INCOMING_BYTES: Final = 4 * 2**20 + 64 * 1024
 """The largest chunk and its header; an MQTT 5 broker keeps larger packets away from us."""
+TURN_BYTES: Final = 256 * 1024
+"""Read before others have their turn."""
 UNSENT_BYTES: Final = 256 * 1024
 """What may lie unsent in the kernel: enough to keep the line busy, little enough that a ping is not late behind it."""
 
@@ -119,7 +122,6 @@ class Link(aiomqtt.Client):
         self._parting = 0
         self._answers: dict[int, asyncio.Future[list[int]]] = {}
         self._abandoned = False
-        self._client._handle_publish = self._handle_publish  # type: ignore[method-assign]  # noqa: SLF001
         self._is_watching = False
         self._thread = threading.get_ident()
         # A read or write that raises is reported only there; to take the exception also keeps asyncio from complaining.
@@ -192,10 +194,22 @@ class Link(aiomqtt.Client):
             raise TooLarge(
                 f"{size} bytes for {topic}, the broker at {self.address} takes {limit}: raise its max_packet_size"
             )
-        info = self._client.publish(topic, payload, qos, retain)
-        (code,) = await self._answer(info.rc, info.mid)
+        if qos:
+            info = self._client.publish(topic, payload, qos, retain)
+            (code,) = await self._answer(info.rc, info.mid)
+        else:
+            (code,) = await self._answer(*self._enqueue(topic, payload, retain=retain))
         if code >= FAILURE:
             raise Denied(denial("write", topic, code, self.address), code)
+
+    def _enqueue(self, topic: str, payload: bytes, *, retain: bool) -> tuple[MQTTErrorCode, int]:
+        """Put a PUBLISH of QoS 0 behind what paho has to write."""
+        mid = self._client._mid_generate()  # noqa: SLF001
+        properties = b"\0" if self.version is aiomqtt.ProtocolVersion.V5 else b""
+        packet = publish_packet(topic, payload, retain=retain, properties=properties)
+        entry = {"command": MessageType.PUBLISH, "mid": mid, "qos": 0, "pos": 0, "packet": packet, "info": None}
+        self._client._out_packet.append(entry | {"to_process": len(packet)})  # type: ignore[arg-type]  # noqa: SLF001
+        return MQTTErrorCode.MQTT_ERR_SUCCESS, mid
 
     async def listen(self, filters: list[str]) -> None:
         """Subscribe at QoS 1.  Raises NotConnected, or Denied for the first filter that was refused."""
@@ -275,23 +289,6 @@ class Link(aiomqtt.Client):
         if not self._connected.cancelled():  # open() was given up; aiomqtt would ask the cancelled future how it ended
             super()._on_disconnect(client, userdata, flags, reason_code, properties)
 
-    def _handle_publish(self) -> MQTTErrorCode:
-        """In place of paho's: a PUBLISH is here (MQTT 5, section 3.3), of QoS 0 or 1, as no more was subscribed to."""
-        packet = self._client._in_packet  # noqa: SLF001 - of the bus's own client, as below
-        header, body = packet["command"], memoryview(packet["packet"])
-        at = 2 + int.from_bytes(body[:2], "big")
-        topic, qos, mid = bytes(body[2:at]), header >> 1 & 3, 0
-        if qos:
-            mid, at = int.from_bytes(body[at : at + 2], "big"), at + 2
-        if self.version is aiomqtt.ProtocolVersion.V5:
-            n_bytes, n_digits = VariableByteIntegers.decode(body[at : at + 4])  # type: ignore[no-untyped-call]
-            at += n_digits + n_bytes
-        if at > len(body):
-            raise MalformedPacket(f"a PUBLISH of {len(body)} bytes ends before its payload")
-        with suppress(UnicodeDecodeError):  # no broker should pass it on, and nobody here could mean it
-            self.deliver(Received(topic.decode(), bytes(body[at:]), bool(header & 1)))
-        return self._client._send_puback(mid) if qos else MQTTErrorCode.MQTT_ERR_SUCCESS  # noqa: SLF001
-
     def _on_publish(
         self, _client: Paho, _userdata: Any, mid: int, reason_code: ReasonCode, _properties: Properties
     ) -> None:
@@ -311,35 +308,94 @@ class Link(aiomqtt.Client):
 
     def _on_socket_open(self, client: Paho, userdata: Any, sock: Any) -> None:
         # In the connecting thread.  Nothing is sent until the loop has taken the socket over.
-        self._loop.call_soon_threadsafe(self._attach, client, userdata, sock)
+        self._loop.call_soon_threadsafe(self._attach, client, sock)
 
-    def _attach(self, client: Paho, userdata: Any, sock: Any) -> None:
+    def _attach(self, client: Paho, sock: Any) -> None:
         if self._abandoned:
             client._sock_close()  # noqa: SLF001
         else:
-            super()._on_socket_open(client, userdata, sock)
+            self._loop.add_reader(sock, self._read, client, Packets(sock.recv_into, MAX_INCOMING_BYTES))
+            self._misc_task = self._loop.create_task(self._misc_loop())
+
+    def _read(self, client: Paho, packets: Packets) -> None:
+        """In place of paho's: read packets as long as there are any, for one turn."""
+        n_bytes = 0
+        try:
+            while n_bytes < TURN_BYTES:
+                if client.socket() is None:
+                    return
+                command, body = packets.next()
+                n_bytes += len(body)
+                if not command:
+                    rc = MQTTErrorCode.MQTT_ERR_CONN_LOST
+                elif command & 0xF0 == MessageType.PUBLISH:
+                    rc = self._publish_came(client, command, memoryview(body))
+                else:
+                    client._in_packet = {"command": command, "remaining_length": len(body), "packet": body}  # type: ignore[typeddict-item]  # noqa: SLF001
+                    rc = client._packet_handle()  # noqa: SLF001
+                if rc > 0:
+                    client._loop_rc_handle(rc)  # noqa: SLF001
+                    return
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            client._last_bytes_received = time.monotonic()  # noqa: SLF001 - paho's own clock
+        except Exception as error:  # noqa: BLE001 - whatever it was, this connection cannot be trusted any more
+            self._lose(_broken(self, str(error)))
+            client._sock_close()  # noqa: SLF001
+        else:
+            self._loop.call_soon(self._read, client, packets)  # what TLS and `packets` hold already no selector sees
+
+    def _publish_came(self, client: Paho, command: int, body: memoryview) -> MQTTErrorCode:
+        """A PUBLISH is here (MQTT 5, section 3.3), of QoS 0 or 1, as no more was subscribed to."""
+        at = 2 + int.from_bytes(body[:2], "big")
+        topic, qos, mid = bytes(body[2:at]), command >> 1 & 3, 0
+        if qos:
+            mid, at = int.from_bytes(body[at : at + 2], "big"), at + 2
+        if self.version is aiomqtt.ProtocolVersion.V5:
+            n_bytes, n_digits = VariableByteIntegers.decode(body[at : at + 4])  # type: ignore[no-untyped-call]
+            at += n_digits + n_bytes
+        if at > len(body):
+            raise MalformedPacket(f"a PUBLISH of {len(body)} bytes ends before its payload")
+        with suppress(UnicodeDecodeError):  # no broker should pass it on, and nobody here could mean it
+            self.deliver(Received(topic.decode(), bytes(body[at:]), bool(command & 1)))
+        return client._send_puback(mid) if qos else MQTTErrorCode.MQTT_ERR_SUCCESS  # noqa: SLF001
 
     def _on_socket_register_write(self, client: Paho, userdata: Any, sock: Any) -> None:
         soon = self._loop.call_soon if threading.get_ident() == self._thread else self._loop.call_soon_threadsafe
         soon(self._write, client)
 
     def _on_socket_unregister_write(self, client: Paho, userdata: Any, sock: Any) -> None:
+        self._unwatch(sock)
+
+    def _unwatch(self, sock: Any) -> None:
         if self._is_watching:
             self._is_watching = False
-            super()._on_socket_unregister_write(client, userdata, sock)
+            self._loop.remove_writer(sock)
 
     def _write(self, client: Paho) -> None:
-        """Write what waits, as far as the socket takes it; the loop watches it for the rest."""
-        if not client.want_write():
+        """In place of paho's: write what waits, as far as the socket takes it; the loop watches it for the rest."""
+        queue, sock = client._out_packet, client.socket()  # noqa: SLF001
+        if not queue or sock is None:
             return
         try:
-            client.loop_write()
+            while queue and queue[0]["command"] != MessageType.DISCONNECT:
+                packet = queue[0]
+                packet["pos"] += sock.send(memoryview(packet["packet"])[packet["pos"] :])  # type: ignore[arg-type]
+                if packet["pos"] == len(packet["packet"]):
+                    queue.popleft()
+                    if packet["command"] & 0xF0 == MessageType.PUBLISH and not packet["qos"]:
+                        self._answered(packet["mid"], [0])
+                client._last_msg_out = time.monotonic()  # noqa: SLF001 - paho's own clock
+            if queue:
+                client.loop_write()  # closes, too
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            if not self._is_watching:
+                self._is_watching = True
+                self._loop.add_writer(sock, self._write, client)
         except Exception as error:  # noqa: BLE001 - whatever it was, this connection cannot be trusted any more
             self._lose(_broken(self, str(error)))
-        sock = client.socket()
-        if client.want_write() and sock is not None and not self._is_watching:
-            self._is_watching = True
-            self._loop.add_writer(sock, self._write, client)
+        else:
+            client._call_socket_unregister_write()  # noqa: SLF001
+            self._unwatch(sock)
 
 
 class _Whisper(logging.Logger):

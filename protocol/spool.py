@@ -10,8 +10,8 @@ again.  So neither file has to be ahead of the other: killed between two writes,
 lost the data, the worst is one more chunk on the bus.  Hence no fsync until the whole is verified, and no loss at all on
 kill -9.
 
-What comes in order is hashed while it comes; the rest, and what an earlier process left, is read at the end.  The digest so
-far lives and dies with a descriptor that holds the file (_Seen), so it can only ever speak for the file that it was made of,
+What comes in order is hashed while it comes, by a thread (protocol/digesting.py); the rest, and what an earlier process left, is
+read at the end.  The digest so far lives and dies with a descriptor that holds the file (_Seen), so it can only ever speak for the file that it was made of,
 and what it has seen is what the kernel holds for that file; fsync says at the end whether the disk holds it, too.  A Spool
 holds the files of its last MAX_OPEN transfers; of another the digest is forgotten, and it is read at the end.
 
@@ -36,6 +36,7 @@ from typing import Final
 
 from protocol.bitmap import Bitmap
 from protocol.blobs import Blobs, disk
+from protocol.digesting import Digesting
 from protocol.errors import BadMessage, IllegalMove, Unavailable
 from protocol.frames import checksum, chunk_length, n_prefix_chunks
 from protocol.messages import Blob
@@ -61,11 +62,12 @@ class _Seen:
     def __init__(self, data: Path) -> None:
         self.file = data.open("rb", buffering=0)
         weakref.finalize(self, self.file.close)
-        self.sha256, self.n_hashed = hashlib.sha256(), 0
+        self._stat = os.fstat(self.file.fileno())
+        self.digesting, self.n_chunks = Digesting(self.file), 0
 
     def is_of(self, descriptor: int) -> bool:
         """Whether it speaks for the file behind `descriptor`."""
-        return os.path.samestat(os.fstat(self.file.fileno()), os.fstat(descriptor))
+        return os.path.samestat(self._stat, os.fstat(descriptor))
 
 
 class Partial:
@@ -120,9 +122,9 @@ class Partial:
             with _writing(self._log) as descriptor:
                 _write_at(descriptor, _RECORD.pack(index, crc), self._log_bytes)
         self._log_bytes += _RECORD.size
-        if index == seen.n_hashed:
-            seen.sha256.update(data)
-            seen.n_hashed += 1
+        if index == seen.n_chunks:
+            seen.digesting.add(data)
+            seen.n_chunks += 1
         return self.have.add(index)
 
     def finish(self, sha256: str | None = None) -> Path:
@@ -168,11 +170,11 @@ class Partial:
 
     def _verify(self, file: FileIO, seen: _Seen | None, expected: str) -> str:
         """The digest of the file, which is in the store now if it is the expected one, and nowhere otherwise."""
-        digest, n_hashed = hashlib.sha256(), 0
+        digest, n_chunks = hashlib.sha256(), 0
         if seen and seen.is_of(file.fileno()) and os.fstat(file.fileno()).st_size >= self.size:  # nobody cut it
-            digest, n_hashed = seen.sha256, seen.n_hashed
+            digest, n_chunks = seen.digesting.settled(), seen.n_chunks
         file.truncate(self.size)
-        file.seek(min(self.size, n_hashed * self.blob.chunk))
+        file.seek(min(self.size, n_chunks * self.blob.chunk))
         found = hashlib.file_digest(file, lambda: digest).hexdigest()
         os.fsync(file.fileno())
         with _NAMES:

@@ -172,7 +172,8 @@ class Bench:
         return lambda: self.training.progress.step >= n
 
     def files(self) -> set[str]:
-        return {path.name for path in self.folder.iterdir()} - {"outbox", "blobs", "training.log"}
+        found = {path.name for path in self.folder.iterdir()} - {"outbox", "blobs", "training.log"}
+        return {name for name in found if (self.folder / name).read_bytes().strip()}
 
 
 @pytest.fixture

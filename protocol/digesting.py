@@ -1,0 +1,71 @@
+"""The digest of a file that is still coming, made beside the event loop, while the disk begins to write what is there.
+
+sha256 takes half a second for a gigabyte, and an fsync at the end waits for the disk to write all of it: a loop that receives has
+better uses for both.  One thread serves a whole process, in order, so a digest needs no lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from io import FileIO
+from queue import Queue
+from typing import TYPE_CHECKING, Final
+
+from protocol.files import start_writing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MAX_WAITING: Final = 16
+"""Pieces that wait for the thread; who brings more waits with them, so memory stays bounded."""
+WRITE_BYTES: Final = 2**20
+"""New bytes for which the disk is asked to begin."""
+
+_waiting: Queue[tuple[Callable[[bytes | memoryview], None], bytes | memoryview]] = Queue(MAX_WAITING)
+_starting = threading.Lock()
+_thread: list[threading.Thread] = []
+
+
+class Digesting:
+    """The sha256 of the pieces handed in so far, which are what `file` holds from its beginning on."""
+
+    def __init__(self, file: FileIO) -> None:
+        self._file = file
+        self._sha256 = hashlib.sha256()
+        self._n_bytes = self._n_begun = 0
+
+    def add(self, piece: bytes | memoryview) -> None:
+        """The next bytes of the file, already written there.  Costs microseconds, unless too many wait."""
+        if not _thread:
+            _start()
+        _waiting.put((self._take, piece))
+
+    def settled(self) -> hashlib._Hash:
+        """The digest of all that was added, once it is made.  Blocks; call it in a thread, and add nothing afterwards."""
+        done = threading.Event()
+        if _thread:
+            _waiting.put((lambda _: done.set(), b""))
+            done.wait()
+        return self._sha256
+
+    def _take(self, piece: bytes | memoryview) -> None:
+        self._sha256.update(piece)
+        self._n_bytes += len(piece)
+        if self._n_bytes - self._n_begun >= WRITE_BYTES:
+            start_writing(self._file, self._n_begun, self._n_bytes - self._n_begun)
+            self._n_begun = self._n_bytes
+
+
+def _start() -> None:
+    with _starting:
+        if not _thread:
+            _thread.append(threading.Thread(target=_run, name="digest", daemon=True))
+            _thread[0].start()
+
+
+def _run() -> None:
+    while True:
+        work, piece = _waiting.get()
+        work(piece)
+        del work, piece  # or the last one of all would be held until the next comes
