@@ -30,7 +30,7 @@ import numpy as np
 
 from coordinator.aggregators import Weighted
 from coordinator.aggregators.product import Product
-from protocol.adapters import F64, Factors, Stack, principal
+from protocol.adapters import ALL, F64, Factors, Rows, Stack, principal
 from protocol.messages import UpdateDtype
 from protocol.models import StoredModel, write_model
 from protocol.updates import LoraUpdate, write_update
@@ -57,9 +57,9 @@ class Layers:
         """That of one matrix."""
         return self.one.shape(name.split(".")[1])
 
-    def stack(self, names: Sequence[str]) -> Stack:
+    def stack(self, names: Sequence[str], rows: Rows = ALL) -> Stack:
         """Those of some."""
-        return Stack.of([self.factors(name) for name in names])
+        return Stack.of([self.factors(name) for name in names]).rows(rows)
 
 
 def write_fleet(folder: Path, n_agents: int, noise: str, dtype: UpdateDtype, only: list[str]) -> list[LoraUpdate]:

@@ -65,6 +65,7 @@ FORMATS: Final = [
     Format("nf4", 0.99),
     Format("nf4", 0.95),
     Format("nf4", 0.9),
+    Format("nf4", 0.88),
 ]
 
 

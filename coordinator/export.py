@@ -9,15 +9,16 @@ the largest rank: B A stays the same, and whatever reads LoRA adapters reads it 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from coordinator.lineage import Card, export_folder
-from protocol.adapters import Adapter
+from coordinator.shards import write_tensors
+from protocol.adapters import Adapter, Factors
 from protocol.errors import BadConfig, Unavailable
+from protocol.tensors import F32
 
 _USAGE = """
 ## Use
@@ -38,25 +39,35 @@ def export_peft(adapter: Adapter, folder: Path, *, card: Card) -> None:
     Matrices without a component are left out.  Raises BadConfig for an adapter without any, or when `folder` holds
     anything but an earlier export, and Unavailable or OSError when the disk refuses.
     """
-    arrays, found = {}, present(adapter)
-    rank = max(factors.rank for factors in found.values())
-    for name, factors in found.items():
-        fill = rank - factors.rank
-        arrays[f"base_model.model.{name}.lora_A.weight"] = np.pad(factors.a, ((0, fill), (0, 0)))
-        arrays[f"base_model.model.{name}.lora_B.weight"] = np.pad(factors.b, ((0, 0), (0, fill)))
-    config = _config(list(found), rank, card.base_source)
+    names = present(adapter)
+    rank = max(adapter[name].rank for name in names)
+    shapes = (shape for name in names for shape in _shapes(name, adapter[name], rank))
+    values = (side for name in names for side in _filled(adapter[name], rank))
+    config = _config(names, rank, card.base_source)
     with export_folder(folder, card) as part:
         try:
-            save_file(arrays, part / "adapter_model.safetensors", metadata={"format": "pt"})
-        except SafetensorError as error:  # what it makes of an OSError
+            write_tensors(part / "adapter_model.safetensors", shapes, values)
+        except OSError as error:
             raise Unavailable(f"{folder} cannot be written: {error}") from error
         (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (part / "README.md").write_text(card.readme("LoRA adapter", _USAGE, "peft"), encoding="utf-8")
 
 
-def present(adapter: Adapter) -> Adapter:
-    """The matrices of `adapter` that have a component, sorted by name.  Raises BadConfig if there is none."""
-    found = {name: factors for name, factors in sorted(adapter.items()) if factors.rank}
+def _shapes(name: str, factors: Factors, rank: int) -> Iterator[tuple[str, tuple[int, int]]]:
+    d_out, d_in = factors.shape
+    yield f"base_model.model.{name}.lora_A.weight", (rank, d_in)
+    yield f"base_model.model.{name}.lora_B.weight", (d_out, rank)
+
+
+def _filled(factors: Factors, rank: int) -> tuple[F32, F32]:
+    if not (fill := rank - factors.rank):
+        return factors.a, factors.b
+    return np.pad(factors.a, ((0, fill), (0, 0))), np.pad(factors.b, ((0, 0), (0, fill)))
+
+
+def present(adapter: Adapter) -> list[str]:
+    """The matrices of `adapter` that have a component, in order.  Raises BadConfig if there is none."""
+    found = [name for name in sorted(adapter) if adapter[name].rank]
     if not found:
         raise BadConfig("the adapter is empty: no round has changed any matrix yet, so there is nothing to export")
     return found

@@ -13,6 +13,7 @@ from coordinator.lineage import Card
 from coordinator.store import Version
 from coordinator.versions import ancestry, lineage
 from protocol.blobs import Blobs
+from protocol.malloc import give_back
 
 
 def export_version(
@@ -34,4 +35,7 @@ def export_version(
         ],
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    export_peft(load_model(blobs, version.master), folder, card=card)
+    try:
+        export_peft(load_model(blobs, version.master), folder, card=card)
+    finally:
+        give_back()  # a whole model was in memory

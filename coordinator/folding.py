@@ -29,6 +29,7 @@ def fold(action: act.Aggregate, blobs: Blobs, chunk_bytes: int, allowed: Collect
 
     Raises BadUpdate when an update cannot be used or is gone, Unavailable when the disk refuses.
     """
+    give_back()  # what the transfers left lies in pieces, too small for what is needed now
     try:
         return _fold(action, blobs, chunk_bytes, allowed)
     finally:

@@ -144,7 +144,9 @@ class Hearing:
 
     def _wonder(self, agent: AgentState, now: float) -> None:
         """An agent is not at what it should be: it may be about to begin, or a message was lost."""
-        share, first_s = self._coordinator.fleet.open_share(agent), DOUBT_BEATS * self._coordinator.config.heartbeat_s
+        # While its report is missing, another share is no reason to wait anew.
+        share = self._coordinator.fleet.open_share(agent) if agent.report else None
+        first_s = DOUBT_BEATS * self._coordinator.config.heartbeat_s
         assigned_at, doubt = share.assigned_at if share else 0.0, self._doubts.get(agent.id)
         if doubt is None or doubt.assigned_at != assigned_at:
             doubt = self._doubts[agent.id] = _Doubt(assigned_at, now + first_s, first_s, None)

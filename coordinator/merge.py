@@ -72,7 +72,9 @@ def merge(
     if "quantization_config" in config:
         raise BadConfig(f"{base_folder} holds a quantized model: merge into the full-precision model it was made from")
     shards = {name: read_tensors(base_folder / name) for name in _shard_names(base_folder)}
-    sites = _sites(present(adapter), shards, conv1d=config.get("model_type") in _CONV1D_MODELS)
+    sites = _sites(
+        {name: adapter[name] for name in present(adapter)}, shards, conv1d=config.get("model_type") in _CONV1D_MODELS
+    )
     _check_disk(out_folder, sum((base_folder / name).stat().st_size for name in shards))
     done, total = 0, len(shards) + len(sites)
     with export_folder(out_folder, card) as part:

@@ -1,4 +1,4 @@
-"""Where each tensor lies in a *.safetensors file.  The library's numpy reader knows no bf16, and we also write in place.
+"""*.safetensors files read and written a tensor at a time: the library's numpy side knows no bf16 and holds them all at once.
 
 The format: 8 bytes with the length of the header, little endian; the header, a JSON map from a name to {dtype, shape,
 data_offsets}; the data, to which the offsets are relative.
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import msgspec
+import numpy as np
 
 from protocol.errors import BadConfig
 from protocol.messages import Wire
-from protocol.tensors import ITEM_BYTES
+from protocol.tensors import F32, ITEM_BYTES
 
 MAX_HEADER_BYTES: Final = 100 * 2**20
 WIRES: Final[dict[str, Wire]] = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
@@ -62,3 +64,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if not 0 <= first <= last <= size - start or wrong_size:
             raise BadConfig(f"{path}: tensor {name!r} lies outside the file or has another size than its shape")
     return {name: Tensor(h.dtype, h.shape, start + h.data_offsets[0]) for name, h in named.items()}
+
+
+def write_tensors(path: Path, shapes: Iterable[tuple[str, tuple[int, ...]]], values: Iterable[F32]) -> None:
+    """Write float32 tensors of these names and shapes, each when `values` brings it.  Raises OSError."""
+    header, end = bytearray(b'{"__metadata__":{"format":"pt"}'), 0
+    for name, shape in shapes:
+        start, end = end, end + 4 * math.prod(shape)
+        entry = {"dtype": "F32", "shape": shape, "data_offsets": (start, end)}
+        header += b",%s:%s" % (msgspec.json.encode(name), msgspec.json.encode(entry))
+    header += b"}"
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little"))
+        file.write(header)
+        for array in values:
+            file.write(np.ascontiguousarray(array, "<f4").data)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, groupby, pairwise, repeat, starmap
 from operator import lt
-from typing import Final, NamedTuple, Self, TypeAlias, TypeVar
+from typing import Any, Final, NamedTuple, Self, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,11 @@ from protocol.tensors import F32
 
 F64 = npt.NDArray[np.float64]
 E = TypeVar("E")
+
+Rows: TypeAlias = tuple[slice, slice]
+"""Some rows of an A and some of a B."""
+
+ALL: Final[Rows] = slice(None), slice(None)
 
 FEW_VALUES: Final = 2**17
 """So many are done together: half a megabyte of float32 stays in a processor's cache."""
@@ -108,6 +113,10 @@ class Stack:
         """Those of some of the matrices, as views."""
         return Stack(self.a[matrices], self.b[matrices])
 
+    def rows(self, rows: Rows) -> Stack:
+        """These rows of each A and of each B, as views: a part, whose ranks tell nothing."""
+        return Stack(self.a[:, rows[0]], self.b[:, rows[1]])
+
     def truncate(self, rank: int) -> Stack:
         """See the function `truncate`."""
         return Stack(self.a[:, :rank], self.b[:, :, :rank])
@@ -133,6 +142,16 @@ def few(whole: slice, n_values: int) -> Iterator[slice]:
     """Parts of `whole`, whose entries have `n_values` each: as many as have `FEW_VALUES` together, or one that has more."""
     n = max(1, FEW_VALUES // max(1, n_values))
     return (slice(at, min(at + n, whole.stop)) for at in range(whole.start, whole.stop, n))
+
+
+def bands(rank: int, shape: tuple[int, int]) -> Iterator[Rows]:
+    """All rows of one matrix's A (rank, d_in) and B (d_out, rank) in parts of about `FEW_VALUES`, or a row of A that has more."""
+    n = max(1, -(-rank * sum(shape) // FEW_VALUES))
+
+    def part(n_rows: int, k: int) -> slice:
+        return slice(n_rows * k // n, n_rows * (k + 1) // n)
+
+    return ((part(rank, k), part(shape[0], k)) for k in range(n))
 
 
 Run: TypeAlias = tuple[Sequence[str], Stack]
@@ -191,6 +210,10 @@ class Stacks(Mapping[str, Factors]):
         return sum(len(names) for names, _ in self.runs)
 
 
+Each: TypeAlias = Callable[..., Iterator[Any]]
+"""The built-in `map`, or that of an executor."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Principal:
     """Leading components of a product, in canonical form.  Shapes: a (r, d_in), b (d_out, r), singular values (R,)."""
@@ -215,25 +238,25 @@ class Principal:
             return Factors(a=self.a.astype(np.float32), b=self.b.astype(np.float32))
 
 
-def principal(b: F64, a: F64, rank: int) -> Principal:
+def principal(b: F64, a: F64, rank: int, each: Each = map) -> Principal:
     """The best approximation of B A with at most `rank` components, in canonical form.  What is in b and a is lost.
 
-    Shapes: b (d_out, R), a (R, d_in), any R, also above d_out or d_in.  Cost: O((d_in + d_out) R^2 + R^3) time, and memory
-    for the result and for some copies of a block (of a side that is not tall, of the side).
+    Shapes: b (d_out, R), a (R, d_in), any R, also above d_out or d_in.  `each` does the two sides: one after the other, or at
+    a time.  Cost: O((d_in + d_out) R^2 + R^3) time, and memory for the result and for some copies of a block (of a side that
+    is not tall, of the side).
     """
     if 0 in {a.shape[0], *b.shape, *a.shape}:
         return Principal(a=a[:0], b=b[:, :0], singular=np.zeros(0))
-    total = float(np.linalg.norm(b, axis=0) @ np.linalg.norm(a, axis=1))  # the norm if nothing cancelled
-    q_b, r_b = _qr(b)  # (d_out, m), (m, R)
-    q_a, r_a = _qr(a.T)  # (d_in, n), (n, R)
+    squares = np.einsum("ij,ij->j", b, b), np.einsum("ij,ij->i", a, a)  # np.linalg.norm would copy both, twice
+    total = float(np.sqrt(squares[0]) @ np.sqrt(squares[1]))  # the norm if nothing cancelled
+    (q_b, r_b), (q_a, r_a) = each(_qr, (b, a.T))  # (d_out, m), (m, R); (d_in, n), (n, R)
     u, s, vt = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
     kept = min(rank, int(np.count_nonzero(s > max(s[0] * NOISE, total * ROUNDING))))
     root = np.sqrt(s[:kept])
-    left = q_b.times(u[:, :kept])  # (d_out, kept)
-    right = q_a.times(vt[:kept].T).T  # (kept, d_in)
+    left, right = each(_Orthonormal.times, (q_b, q_a), (u[:, :kept], vt[:kept].T))  # (d_out, kept), (d_in, kept)
     peaks = left[np.argmax(np.abs(left), axis=0), np.arange(kept)]
     sign = np.where(peaks < 0, -1.0, 1.0)
-    return Principal(b=left * (sign * root), a=right * (sign * root)[:, None], singular=s)
+    return Principal(b=left * (sign * root), a=right.T * (sign * root)[:, None], singular=s)
 
 
 class _Orthonormal(NamedTuple):

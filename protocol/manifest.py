@@ -2,10 +2,14 @@
 
 The map lists the matrices as [name, rank, d_out, d_in], sorted by name.  From it follow the place and the length of every
 byte behind it, so a file is checked whole (its size must match exactly) before a single value is read.
+
+In an update the list is deflated (RFC 1950): names of a model's matrices repeat each other, and beside the few bits of a small
+update they would count.  Both forms are read everywhere.
 """
 
 from __future__ import annotations
 
+import zlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,17 +104,32 @@ class Contents:
         return number, at - self._starts[number]
 
 
+_BIN: Final = (b"\xc4", b"\xc5", b"\xc6")
+"""How bytes begin in msgpack."""
 _entries: Final = msgspec.msgpack.Decoder(Entries)
 
 
 @lru_cache(maxsize=4)
 def _contents(packed: bytes) -> Contents:
     """Kept for a few: the updates of a round, and the models of a job, have the same table or nearly."""
-    entries = _entries.decode(packed)
+    entries = _entries.decode(_inflated(packed))
     for before, after in pairwise(entries):
         if before.name >= after.name:  # equal content has equal bytes
             raise BadUpdate(f"matrices are not sorted by name: {after.name!r} follows {before.name!r}")
     return Contents(msgspec.Raw(packed), entries)
+
+
+def _inflated(packed: bytes) -> bytes:
+    if packed[:1] not in _BIN:
+        return packed
+    inflating = zlib.decompressobj()
+    try:
+        found = inflating.decompress(msgspec.msgpack.decode(packed, type=bytes), MAX_HEADER_BYTES)
+    except zlib.error as error:
+        raise BadUpdate(f"the list of matrices is damaged: {error}") from None
+    if not inflating.eof or inflating.unused_data:
+        raise BadUpdate(f"the list of matrices is cut off, followed by something, or above {MAX_HEADER_BYTES} bytes")
+    return found
 
 
 def packed_entries(stacks: Stacks) -> msgspec.Raw:
@@ -120,6 +139,11 @@ def packed_entries(stacks: Stacks) -> msgspec.Raw:
         (rank, d_in), (d_out, _) = stack.shapes
         found += map(Entry, names, repeat(rank), repeat(d_out), repeat(d_in))
     return msgspec.Raw(msgspec.msgpack.encode(found))
+
+
+def deflated(entries: msgspec.Raw) -> msgspec.Raw:
+    """The same, small."""
+    return msgspec.Raw(msgspec.msgpack.encode(zlib.compress(entries, 1)))
 
 
 def pack_header(header: Header) -> bytes:

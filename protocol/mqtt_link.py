@@ -58,6 +58,8 @@ MAX_INCOMING_BYTES: Final = 4 * 2**20 + 64 * 1024
 """The largest chunk and its header; an MQTT 5 broker keeps larger packets away from us."""
 TURN_BYTES: Final = 256 * 1024
 """Read before others have their turn."""
+ENOUGH_BYTES: Final = 96 * 1024
+"""Of a large packet so much is waited for at a time: every smaller piece would wake the loop, and cost as much as the whole."""
 UNSENT_BYTES: Final = 256 * 1024
 """What may lie unsent in the kernel: enough to keep the line busy, little enough that a ping is not late behind it."""
 
@@ -123,6 +125,7 @@ class Link(aiomqtt.Client):
         self._answers: dict[int, asyncio.Future[list[int]]] = {}
         self._abandoned = False
         self._is_watching = False
+        self._awaited_bytes = 1
         self._thread = threading.get_ident()
         # A read or write that raises is reported only there; to take the exception also keeps asyncio from complaining.
         self._disconnected.add_done_callback(lambda done: self._lose(_broken(self, str(done.exception() or ""))))
@@ -338,11 +341,18 @@ class Link(aiomqtt.Client):
                     return
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             client._last_bytes_received = time.monotonic()  # noqa: SLF001 - paho's own clock
+            self._await_bytes(client.socket(), max(1, min(packets.n_missing, ENOUGH_BYTES)))
         except Exception as error:  # noqa: BLE001 - whatever it was, this connection cannot be trusted any more
             self._lose(_broken(self, str(error)))
             client._sock_close()  # noqa: SLF001
         else:
             self._loop.call_soon(self._read, client, packets)  # what TLS and `packets` hold already no selector sees
+
+    def _await_bytes(self, sock: Any, n_bytes: int) -> None:
+        """Be woken only when so much is there, or when the connection ends (SO_RCVLOWAT, socket(7))."""
+        if n_bytes != self._awaited_bytes:
+            self._awaited_bytes = n_bytes
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, n_bytes)
 
     def _publish_came(self, client: Paho, command: int, body: memoryview) -> MQTTErrorCode:
         """A PUBLISH is here (MQTT 5, section 3.3), of QoS 0 or 1, as no more was subscribed to."""

@@ -42,6 +42,11 @@ class Packets:
         self._start = self._end = 0  # of what was read ahead and not yet taken
         self._command, self._body, self._n_have, self._n_surplus = 0, bytearray(), 0, 0
 
+    @property
+    def n_missing(self) -> int:
+        """Bytes that the packet under way still lacks; 0 between packets."""
+        return len(self._body) - self._n_have
+
     def next(self) -> Packet:
         """The next packet; one of type 0, which there is not, at the end of the stream.
 

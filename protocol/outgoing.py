@@ -13,6 +13,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from protocol import codec
@@ -30,6 +31,18 @@ and credit that waits for its turn runs out before it is given.  Credit for whol
 logger = logging.getLogger(__name__)
 
 
+@dataclass(slots=True)
+class Saying:
+    """One message on its way out."""
+
+    topic: str
+    payload: bytes
+    qos: int = 1
+    retain: bool = False
+    is_over: bool = False
+    """The broker has it, or will never get it: it refused, or the connection ended."""
+
+
 class Outgoing:
     """What one daemon says, in one session.  `session` (16 hex digits) is new with each process; `seal` may sign (topic, bytes)."""
 
@@ -38,7 +51,7 @@ class Outgoing:
         self._clock = clock
         self._seal = seal or (lambda _topic, payload: payload)
         self._sent = 0
-        self._queue: asyncio.Queue[tuple[str, bytes, int, bool]] = asyncio.Queue()
+        self._queue: asyncio.Queue[Saying] = asyncio.Queue()
         self._complaints = OncePer()
 
     def encode(self, body: Body) -> bytes:
@@ -50,18 +63,20 @@ class Outgoing:
         """The words for the case that we vanish."""
         return Will(topic, self._seal(topic, self.encode(body)))
 
-    def say(self, topic: str, body: Body, *, retain: bool = False) -> None:
-        """Publish a message after everything said before.  One that no receiver would take is named in the log instead."""
+    def say(self, topic: str, body: Body, *, retain: bool = False) -> Saying | None:
+        """Publish a message after everything said before.  One that no receiver would take is named in the log instead (None)."""
         try:
             payload = self._seal(topic, self.encode(body))
         except BadMessage as error:
             logger.error("not said: %s", error, extra={"action": "publish_refused", "topic": topic})
-            return
-        self._queue.put_nowait((topic, payload, 0 if _is_fleeting(body) else 1, retain))
+            return None
+        saying = Saying(topic, payload, 0 if _is_fleeting(body) else 1, retain)
+        self._queue.put_nowait(saying)
+        return saying
 
     def clear(self, topic: str) -> None:
         """Remove what is retained on a topic."""
-        self._queue.put_nowait((topic, b"", 1, True))
+        self._queue.put_nowait(Saying(topic, b"", retain=True))
 
     async def run(self, bus: Bus) -> None:
         """Publish what is said, until cancelled."""
@@ -69,17 +84,19 @@ class Outgoing:
         async with asyncio.TaskGroup() as publishing:
             while True:
                 await room.acquire()
-                said = await self._queue.get()
-                publishing.create_task(self._publish(bus, *said)).add_done_callback(lambda _: room.release())
+                saying = await self._queue.get()
+                publishing.create_task(self._publish(bus, saying)).add_done_callback(lambda _: room.release())
 
-    async def _publish(self, bus: Bus, topic: str, payload: bytes, qos: int, retain: bool) -> None:
+    async def _publish(self, bus: Bus, saying: Saying) -> None:
         try:
-            await bus.publish(topic, payload, qos=qos, retain=retain)
+            await bus.publish(saying.topic, saying.payload, qos=saying.qos, retain=saying.retain)
         except NotConnected:
             pass
         except BusError as error:
-            if self._complaints(topic, self._clock()) is not None:
-                logger.error("%s", error, extra={"action": "publish_refused", "topic": topic})
+            if self._complaints(saying.topic, self._clock()) is not None:
+                logger.error("%s", error, extra={"action": "publish_refused", "topic": saying.topic})
+        finally:
+            saying.is_over = True
 
     async def goodbye(self, bus: Bus, topic: str, body: Body) -> None:
         """The last words, retained, past the queue; without a broker nobody hears them."""

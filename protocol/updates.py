@@ -1,6 +1,6 @@
 """Update files: what an agent hands in after a round, as a stream of msgpack objects that any msgpack reader can follow.
 
-    {v, kind, job, round, attempt, dtype, matrices: [[name, rank, d_out, d_in], ...],              the header, one map
+    {v, kind, job, round, attempt, dtype, matrices: deflated [[name, rank, d_out, d_in], ...],     the header, one map
      scores: [bf16 values, ...] (optional: importance of the rank-1 triplets of each matrix, descending)}
     [A bytes, B bytes]                                                    one record per matrix, in the header's order
 
@@ -21,17 +21,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Final, Literal, TypeAlias
+from typing import Annotated, Final, Literal, TypeAlias, cast
 
 import msgspec
 import numpy as np
 from msgspec import Meta
 
 from protocol import files, manifest, quantized, tensors
-from protocol.adapters import Adapter, Factors, Stack, Stacks, few
+from protocol.adapters import ALL, Adapter, Factors, Rows, Stack, Stacks, bands, few
 from protocol.errors import BadUpdate
 from protocol.manifest import Contents, Entry, Header
-from protocol.messages import MAX_MATRICES, Count, UpdateDtype
+from protocol.messages import MAX_MATRICES, Count, UpdateDtype, Wire
 from protocol.tensors import F32, Bytes
 
 _FRAME_BYTES: Final = 1 + 5 + 5
@@ -121,12 +121,13 @@ class LoraUpdate:
                 raise BadUpdate(f"matrix {entry.name!r} has rank {entry.rank}, planned was {ranks[entry.name]}")
 
     def check_values(self) -> None:
-        """Read everything once, a few matrices at a time.  Raises BadUpdate for bad framing or a value that is not finite."""
+        """Read everything once, a few values at a time.  Raises BadUpdate for bad framing or a value that is not finite."""
         for group in self.contents.groups:
             entry = self.contents.entries[group.start]
             for part in few(group, entry.rank * sum(entry.shape)):
                 names = self.contents.names[part]
-                _check_finite(names, self.stack(names))
+                for rows in bands(entry.rank, entry.shape) if len(names) == 1 and self._is_plain else [ALL]:
+                    _check_finite(names, self.stack(names, rows))
 
     def shape(self, name: str) -> tuple[int, int]:
         """(d_out, d_in) of one matrix.  Raises KeyError for an unknown name."""
@@ -137,8 +138,14 @@ class LoraUpdate:
         (factors,) = self.stack([name])
         return factors
 
-    def stack(self, names: Sequence[str]) -> Stack:
-        """Those of matrices of one shape and rank that stand one behind the other in the file.  Raises as `factors`."""
+    def stack(self, names: Sequence[str], rows: Rows = ALL) -> Stack:
+        """Those of matrices of one shape and rank that stand one behind the other in the file.  Raises as `factors`.
+
+        With `rows` these of each side alone, for which no more of a single matrix is read, unless it lies there by component.
+        """
+        if rows is not ALL:
+            is_alone = len(names) == 1 and self._is_plain
+            return self._band(names[0], rows) if is_alone else self.stack(names).rows(rows)
         number, place = self.contents.place(names[0])
         entry = self.contents.entries[self.contents.groups[number].start]
         n_a, n_b = _lengths(entry, self.header.dtype)
@@ -160,7 +167,28 @@ class LoraUpdate:
                 )
         else:
             sound = np.arange(len(names)) < len(data) // n_record
-        raise BadUpdate(f"record of matrix {names[int(np.argmin(sound))]!r} is damaged: send the update again")
+        raise _damaged(names[int(np.argmin(sound))])
+
+    def _band(self, name: str, rows: Rows) -> Stack:
+        number, place = self.contents.place(name)
+        entry, dtype = self.contents.entries[self.contents.groups[number].start], cast("Wire", self.header.dtype)
+        n_a, n_b = _lengths(entry, dtype)
+        at, found = self._offsets[number] + place * (_FRAME_BYTES + n_a + n_b), []
+        sides = (_open_a(n_a), entry.rank, entry.d_in), (_bin(n_b), entry.d_out, entry.rank)
+        with self.path.open("rb", buffering=0) as file:
+            for (opening, n_rows, width), part in zip(sides, rows, strict=True):
+                start, stop, _ = part.indices(n_rows)
+                n_row, first = width * tensors.ITEM_BYTES[dtype], at + len(opening)
+                data = os.pread(file.fileno(), (stop - start) * n_row, first + start * n_row)
+                if os.pread(file.fileno(), len(opening), at) != opening or len(data) != (stop - start) * n_row:
+                    raise _damaged(name)
+                found.append(tensors.decode(data, (1, stop - start, width), dtype))
+                at = first + n_rows * n_row
+        return Stack(*found)
+
+    @property
+    def _is_plain(self) -> bool:
+        return self.header.dtype not in _BY_COMPONENT
 
 
 Update: TypeAlias = LoraUpdate
@@ -197,7 +225,7 @@ def write_update(
 ) -> int:
     """Write `adapter` as an update of `kind`, with the scores of some of its matrices, and return its size in bytes.
 
-    On disk when this returns.
+    The file is whole when this returns; who wants it to outlive a power cut syncs it.
 
     Raises BadUpdate, and leaves `path` as it was, when a value is not finite in `dtype`: training diverged, or fp16 is too
     narrow for it.
@@ -210,10 +238,10 @@ def write_update(
         round=round,
         attempt=attempt,
         dtype=dtype,
-        matrices=manifest.packed_entries(stacks),
+        matrices=manifest.deflated(manifest.packed_entries(stacks)),
         scores=[_packed(scores.get(name, ())) for name in stacks] if scores else [],
     )
-    with files.replacing(path) as file:
+    with files.replacing(path, is_synced=False) as file:
         file.write(manifest.pack_header(header))
         for names, stack in stacks.few():
             file.write(_records(names, stack, dtype))
@@ -300,9 +328,13 @@ def _open_a(n_bytes: int) -> bytes:
     return b"\x92" + _bin(n_bytes)
 
 
+def _damaged(name: str) -> BadUpdate:
+    return BadUpdate(f"record of matrix {name!r} is damaged: send the update again")
+
+
 def _check_finite(names: Sequence[str], stack: Stack) -> None:
     """One look at all of them, and one at each only when something is wrong."""
     if not (np.isfinite(stack.a).all() and np.isfinite(stack.b).all()):
-        for name, factors in zip(names, stack, strict=True):
-            if not (np.isfinite(factors.a).all() and np.isfinite(factors.b).all()):
+        for name, a, b in zip(names, stack.a, stack.b, strict=True):
+            if not (np.isfinite(a).all() and np.isfinite(b).all()):
                 raise BadUpdate(f"matrix {name!r} has values that are not finite numbers")

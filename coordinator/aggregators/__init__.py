@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Final, Protocol, cast
 
 from protocol import plugins
-from protocol.adapters import Adapter, Factors, Stack
+from protocol.adapters import ALL, Adapter, Factors, Rows, Stack
 from protocol.errors import BadConfig
 
 
@@ -29,8 +29,11 @@ class Deltas(Protocol):
     def factors(self, name: str) -> Factors:
         """Those of one matrix; the kind says whether a change or the adapter itself.  Raises BadUpdate, OSError."""
 
-    def stack(self, names: Sequence[str]) -> Stack:
-        """Those of matrices of one shape and rank, between which in the order of names there is no other.  Raises as `factors`."""
+    def stack(self, names: Sequence[str], rows: Rows = ALL) -> Stack:
+        """Those of matrices of one shape and rank, between which in the order of names there is no other.  Raises as `factors`.
+
+        With `rows` these of each A and of each B alone, as far as there are so many.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,8 +29,7 @@ import numpy as np
 
 from coordinator.aggregators import Aggregate, Weighted
 from coordinator.aggregators.product import check_range, in_order, trained_names
-from protocol.adapters import F64, Factors, Run, Stack, Stacks, alike, few, truncate
-from protocol.tensors import F32
+from protocol.adapters import ALL, F64, Factors, Run, Stack, Stacks, alike, bands, few, truncate
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +62,21 @@ class Average:
         """Of matrices of one shape, which the same agents trained at the same ranks.  Raises BadUpdate as check_range."""
         old = [(1.0 - server_lr, Stack.of([kept[name] for name in run]))] if run[0] in kept else []
         shares = server_lr * self._shares(run, trained)
-        terms = ((share[:, None, None], u.update.stack(run)) for share, u in zip(shares, trained, strict=True))
         rank = max([*(u.update.ranks[run[0]] for u in trained), *(stack.rank for _, stack in old)])
-        d_out, d_in = trained[0].update.shape(run[0])
-        a, b = np.zeros((len(run), rank, d_in)), np.zeros((len(run), d_out, rank))
-        for scale, stack in chain(old, terms):
-            _add(a[:, : stack.rank], scale, stack.a)
-            _add(b[:, :, : stack.rank], scale, stack.b)
-            del stack  # before the next is read
-        with np.errstate(over="ignore"):
-            found = Stack(a.astype(np.float32), b.astype(np.float32))
+        d_out, d_in = shape = trained[0].update.shape(run[0])
+        found = Stack(np.empty((len(run), rank, d_in), np.float32), np.empty((len(run), d_out, rank), np.float32))
+        for rows in bands(rank, shape) if len(run) == 1 else [ALL]:
+            part = found.rows(rows)
+            a, b = np.zeros(part.a.shape), np.zeros(part.b.shape)
+            kept_part = ((scale, stack.rows(rows)) for scale, stack in old)
+            terms = (
+                (share[:, None, None], u.update.stack(run, rows)) for share, u in zip(shares, trained, strict=True)
+            )
+            for scale, stack in chain(kept_part, terms):
+                a[:, : stack.a.shape[1]] += scale * stack.a.astype(np.float64)
+                b[:, :, : stack.b.shape[2]] += scale * stack.b.astype(np.float64)
+            with np.errstate(over="ignore"):
+                part.a[:], part.b[:] = a, b
         if not (np.isfinite(found.a).all() and np.isfinite(found.b).all()):
             for name, factors in zip(run, found, strict=True):
                 check_range(name, factors, trained)
@@ -101,14 +105,6 @@ def _alike(names: Sequence[str], kept: Mapping[str, Factors], ordered: Sequence[
         shape, _, ranks = sort(names[whole.start])
         for part in few(whole, sum(shape) * max(ranks)):
             yield names[part]
-
-
-def _add(total: F64, scale: F64 | float, side: F32) -> None:
-    """Add scale * side, a few values at a time."""
-    for rows in few(slice(0, side.shape[1]), side.shape[0] * side.shape[2]):
-        term = side[:, rows].astype(np.float64)
-        term *= scale
-        total[:, rows] += term
 
 
 def _dropped(whole: Factors, rank: int) -> float:

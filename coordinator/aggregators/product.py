@@ -23,8 +23,8 @@ the leading components come from products with thin blocks alone (coordinator/ag
 the columns, to an error below 1e-3.  Where the matrix is too small for such blocks, the stack is cut to half of `STACK_WIDTH`
 whenever it grows wider than that: exact where the sum has lower rank than that.
 
-Two large matrices are done at a time.  The order of the terms is by (round, agent), whatever order they arrived in, and no number
-depends on what else runs, so the result has the same bits.
+The two sides of a large matrix are done at a time, and of a large fleet two matrices.  The order of the terms is by (round,
+agent), whatever order they arrived in, and no number depends on what else runs, so the result has the same bits.
 
 What truncation drops is reported per matrix.  Cost per matrix: O((d_out + d_in) R^2 + R^3) with R the sum of the ranks where it
 is exact, and O((d_out + d_in) R max_rank) beyond.
@@ -45,7 +45,7 @@ import numpy as np
 
 from coordinator.aggregators import Aggregate, Weighted, krylov
 from coordinator.aggregators.krylov import Leading, Term
-from protocol.adapters import Factors, principal
+from protocol.adapters import Each, Factors, principal
 from protocol.errors import BadUpdate
 
 EXACT_WIDTH: Final = 256
@@ -92,11 +92,12 @@ def sum_of_products(
 
     def work(name: str) -> Leading:
         terms = _terms(name, model if kept else {}, ordered, (kept, server_lr))
-        return _leading(name, terms, max_rank, stack_width)
+        return _leading(name, terms, max_rank, stack_width, each_side)
 
-    workers = ThreadPoolExecutor(_N_WORKERS if _is_large(ordered) else 1)
+    workers = ThreadPoolExecutor(_N_WORKERS)
+    each, each_side = _ways(ordered, workers)
     try:
-        for name, found in zip(names, workers.map(work, names), strict=True):
+        for name, found in zip(names, each(work, names), strict=True):
             adapter[name], dropped_ratio[name] = found.factors, found.dropped_ratio
             check_range(name, adapter[name], ordered)
     finally:
@@ -105,13 +106,18 @@ def sum_of_products(
     return Aggregate(left, dropped_ratio)
 
 
-def _is_large(ordered: Sequence[Weighted]) -> bool:
-    """Whether threads have more to compute than to wait for each other, by the first update's widest matrix."""
+def _ways(ordered: Sequence[Weighted], workers: ThreadPoolExecutor) -> tuple[Each, Each]:
+    """How to do the matrices, and the sides of each, by the first update's widest matrix.
+
+    Threads where they have more to compute than to wait for each other: for the sides, so that one matrix is held at a time,
+    unless there are too many columns to do them exactly.
+    """
     ranks = ordered[0].update.ranks if ordered else {}
-    if not ranks:
-        return False
-    name = max(ranks, key=ranks.__getitem__)
-    return ranks[name] * sum(ordered[0].update.factors(name).shape) * len(ordered) >= _LARGE_VALUES
+    name = max(ranks, key=ranks.__getitem__, default="")
+    n_columns = ranks.get(name, 0) * len(ordered)
+    if not n_columns or n_columns * sum(ordered[0].update.shape(name)) < _LARGE_VALUES:
+        return map, map
+    return (map, workers.map) if n_columns <= EXACT_WIDTH else (workers.map, map)
 
 
 def check_range(name: str, factors: Factors, ordered: Sequence[Weighted]) -> None:
@@ -157,14 +163,14 @@ def _terms(
     ]
 
 
-def _leading(name: str, terms: Sequence[Term], max_rank: int, stack_width: int) -> Leading:
+def _leading(name: str, terms: Sequence[Term], max_rank: int, stack_width: int, each_side: Each) -> Leading:
     """The best `max_rank` components of the sum of scale * B A: exactly where few are summed, else nearly."""
     if sum(term.rank for term in terms) > EXACT_WIDTH and krylov.fits(max_rank, terms[0].read().shape):
         return krylov.leading(name, terms, max_rank)
-    return _exactly(terms, max_rank, stack_width)
+    return _exactly(terms, max_rank, stack_width, each_side)
 
 
-def _exactly(terms: Sequence[Term], rank: int, width: int) -> Leading:
+def _exactly(terms: Sequence[Term], rank: int, width: int, each_side: Each) -> Leading:
     """All terms side by side in one array, of which as much is used as there is; cut whenever it is wider than `width`."""
     n_columns, n, dropped = sum(term.rank for term in terms), 0, 0.0
     d_out, d_in = terms[0].read().shape
@@ -175,9 +181,9 @@ def _exactly(terms: Sequence[Term], rank: int, width: int) -> Leading:
         np.multiply(factors.b, np.float64(term.scale), out=b[:, n:end])
         a[n:end], n = factors.a, end
         if n > width:
-            cut = principal(b[:, :n], a[:n], max(rank, width // 2))
+            cut = principal(b[:, :n], a[:n], max(rank, width // 2), each_side)
             n, dropped = len(cut.a), dropped + cut.dropped_energy
             b[:, :n], a[:n] = cut.b, cut.a
-    whole = principal(b[:, :n], a[:n], rank)
+    whole = principal(b[:, :n], a[:n], rank, each_side)
     energy = whole.energy + dropped
     return Leading(whole.to_factors(), (whole.dropped_energy + dropped) / energy if energy else 0.0)

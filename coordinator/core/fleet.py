@@ -19,6 +19,7 @@ import msgspec
 from coordinator.core import actions as act
 from coordinator.core import events as ev
 from coordinator.core import planning, steering, survey, uploads
+from coordinator.core.choice import share_ranks
 from coordinator.core.job import Job
 from coordinator.core.roster import Roster
 from coordinator.core.state import ENDED, STATE_VERSION, AgentState, FleetState, JobState, Phase, Share
@@ -280,4 +281,9 @@ def decode_state(data: bytes) -> FleetState:
     version = msgspec.msgpack.decode(data, type=dict[str, msgspec.Raw])["v"]
     if msgspec.msgpack.decode(version, type=int) > STATE_VERSION:
         raise BadConfig("this state was written by a newer fedpipe: install that version again")
-    return msgspec.msgpack.decode(data, type=FleetState)
+    state = msgspec.msgpack.decode(data, type=FleetState)
+    for job in state.jobs.values():
+        for member in job.members.values():
+            member.surveyed = member.surveyed and survey.share_matrices(job, member.surveyed)
+        job.plan = job.plan and msgspec.structs.replace(job.plan, choices=share_ranks(job.plan.choices))
+    return state

@@ -18,10 +18,12 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from coordinator.core import actions as act
 from coordinator.core import events as ev
 from coordinator.core import plans, rounds
-from coordinator.core.choice import Choice
+from coordinator.core.choice import Choice, share_ranks
 from coordinator.core.state import Cause, Phase, RoundPlan
 from protocol.messages import Cancel
 
@@ -56,6 +58,7 @@ def ready(job: Job, event: ev.PlanReady) -> None:
     """Open the round with those of the planned agents that are still free; with too few, wait."""
     if not job.awaits(Phase.PLANNING, event.round, event.attempt):
         return
+    event = msgspec.structs.replace(event, choices=share_ranks(event.choices))
     _adopt(job, event)
     needed, present = max(1, job.needed(first=False)), set(job.ready())
     free = {a: c for a, c in event.choices.items() if a in present}

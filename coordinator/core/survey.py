@@ -71,7 +71,8 @@ def moved(job: Job, share: Share, event: ev.ShareMoved) -> None:
         member.excluded = OTHER_MATRICES
         job.end_share(share, 0, ExecState.FAILED, member.excluded)
     elif event.state is ExecState.DONE and event.surveyed and event.surveyed.n_train > 0:
-        member.surveyed, member.calibrated, member.learned = event.surveyed, event.calibrated, {}
+        member.surveyed = share_matrices(job.state, event.surveyed)
+        member.calibrated, member.learned = event.calibrated, {}
         member.uncalibrated = "" if event.calibrated else event.reason
         member.time_factor = event.calibrated.load_ratio if event.calibrated else 1.0
         member.memory_factor = UNPROVEN
@@ -79,6 +80,13 @@ def moved(job: Job, share: Share, event: ev.ShareMoved) -> None:
     else:
         member.excluded = event.reason or "the survey brought nothing to train on"
         job.end_share(share, 0, ExecState.FAILED, member.excluded)
+
+
+def share_matrices(state: JobState, found: Surveyed) -> Surveyed:
+    """The same, with another agent's list of matrices if that is equal: of 6,000 each takes a megabyte.  O(different lists)."""
+    lists = (member.surveyed.matrices for member in state.members.values() if member.surveyed)
+    known = next((known for known in lists if known == found.matrices), found.matrices)
+    return msgspec.structs.replace(found, matrices=known)
 
 
 def _is_odd(job: Job, found: Surveyed) -> bool:
@@ -111,10 +119,11 @@ def _pin_matrices(job: Job) -> None:
     """What most agents with the job's base found in it: one that lies about its matrices must not lead the others astray."""
     state = job.state
     found = {agent: _matrices(known) for agent in job.roll.surveyed if (known := state.members[agent].surveyed)}
-    votes = Counter(msgspec.msgpack.encode(matrices) for matrices in found.values())
+    said = {agent: msgspec.msgpack.encode(matrices) for agent, matrices in found.items()}
+    votes = Counter(said.values())
     most = max(votes.values())
-    elected = min(said for said, n in votes.items() if n == most)
-    state.matrices = msgspec.msgpack.decode(elected, type=list[Matrix])
+    elected = min(encoded for encoded, n in votes.items() if n == most)
+    state.matrices = next(found[agent] for agent, encoded in said.items() if encoded == elected)
     for agent in sorted(agent for agent, matrices in found.items() if matrices != state.matrices):
         state.members[agent].excluded, state.members[agent].surveyed = OTHER_MATRICES, None
         job.roster.touch(agent)

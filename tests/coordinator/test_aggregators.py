@@ -14,7 +14,7 @@ from coordinator import aggregators
 from coordinator.aggregators import Weighted, krylov, product
 from coordinator.aggregators.product import EXACT_WIDTH, Product
 from protocol import methods
-from protocol.adapters import F64, Adapter, Factors, Stack, canonical
+from protocol.adapters import ALL, F64, FEW_VALUES, Adapter, Factors, Rows, Stack, canonical
 from protocol.errors import BadConfig, BadUpdate
 from protocol.updates import LoraUpdate, write_update
 
@@ -40,8 +40,8 @@ class InMemory:
     def factors(self, name: str) -> Factors:
         return self.adapter[name]
 
-    def stack(self, names: Sequence[str]) -> Stack:
-        return Stack.of([self.adapter[name] for name in names])
+    def stack(self, names: Sequence[str], rows: Rows = ALL) -> Stack:
+        return Stack.of([self.adapter[name] for name in names]).rows(rows)
 
 
 def make_factors(rng: np.random.Generator, name: str, rank: int) -> Factors:
@@ -567,3 +567,20 @@ def test_an_allowed_entry_point_is_loaded_and_must_be_an_aggregator(
         aggregators.load("keep")
     with pytest.raises(BadConfig, match="no class"):
         aggregators.load("bad", allowed=["bad"])
+
+
+def test_a_matrix_that_is_averaged_in_parts_is_averaged_as_a_whole(tmp_path: Path) -> None:
+    rng, (d_out, d_in), ranks, weights = np.random.default_rng(5), (9001, 9007), (8, 5, 9), (1.0, 2.0, 4.0)
+    assert min(ranks) * (d_out + d_in) < FEW_VALUES < max(ranks) * (d_out + d_in)
+    found = [Factors(rng.random((r, d_in), np.float32), rng.random((d_out, r), np.float32)) for r in ranks]
+    fleet = []
+    for i, (factors, weight) in enumerate(zip(found, weights, strict=True)):
+        write_update(tmp_path / f"{i}", {"m": factors}, job="j", round=1, attempt=0, dtype="fp32", kind="lora-values")
+        fleet.append(Weighted(f"a{i}", 1, weight, LoraUpdate.open(tmp_path / f"{i}", max_bytes=10**9)))
+    a, b = np.zeros((9, d_in)), np.zeros((d_out, 9))
+    for factors, weight in zip(found, weights, strict=True):
+        a[: factors.rank] += weight / 7 * factors.a.astype(np.float64)
+        b[:, : factors.rank] += weight / 7 * factors.b.astype(np.float64)
+    mean = aggregators.load("average").aggregate({}, fleet, max_rank=9).adapter["m"]
+    assert np.array_equal(mean.a, a.astype(np.float32))
+    assert np.array_equal(mean.b, b.astype(np.float32))

@@ -28,7 +28,8 @@ from protocol.memory_bus import MemoryBroker
 from protocol.messages import Report
 from protocol.spool import Spool
 from tests.conftest import Served
-from tests.coordinator.test_daemon import GOOD, PATIENCE_S, PHASES, Stage, blob_of, job_spec, undisturbed
+from tests.coordinator.daemon.peer import PATIENCE_S, blob_of
+from tests.coordinator.daemon.stage import GOOD, PHASES, Stage, job_spec, undisturbed
 
 MIB = 2**20
 

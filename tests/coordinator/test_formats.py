@@ -21,7 +21,7 @@ from coordinator.recovery import recover
 from coordinator.store import Store
 from protocol.errors import BadConfig, Unavailable
 from protocol.memory_bus import MemoryBroker
-from tests.coordinator.test_daemon import GOOD, PHASES, Stage, job_spec, undisturbed
+from tests.coordinator.daemon.stage import GOOD, PHASES, Stage, job_spec, undisturbed
 
 VERSION_1 = Path(__file__).parent / "version1"
 T0 = 1_750_000_000.0

@@ -6,13 +6,27 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from coordinator.core.state import AgentState
 from coordinator.gate import BURST, BYTES_PER_TOKEN, COST, RATE_PER_S, Gate
 from coordinator.intake import MAX_NAMED, Chunk, Intake, Word
 from protocol import codec
 from protocol.errors import BadMessage
-from protocol.messages import Blob, Body, ExecState, Execution, Grant, Offer, Presence, Progress, Rebirth, Report
+from protocol.messages import (
+    Blob,
+    Body,
+    ExecState,
+    Execution,
+    Grant,
+    Matrix,
+    Offer,
+    Presence,
+    Progress,
+    Rebirth,
+    Report,
+    Surveyed,
+)
 from protocol.topics import Topics
 
 TOPICS = Topics("main")
@@ -125,6 +139,8 @@ def packed(body: Body, session: str = SESSION) -> bytes:
 
 
 UP = f"{TOPICS.root}/a/a/up"
+ONE = Surveyed(base_sha256="b" * 64, matrices=[Matrix(name="q", d_out=2, d_in=3)], n_train=1, n_eval=1)
+TWO = replace(ONE, matrices=[*ONE.matrices, Matrix(name="v", d_out=2, d_in=3)])
 NAN_SHARE = msgspec.msgpack.encode(
     {"v": 1, "ts": 1.0, "ses": SESSION, "seq": 1, "b": {"t": "offer", "train_s": float("nan")}}
 )
@@ -166,6 +182,15 @@ def test_a_word_of_the_newest_birth_counts_before_the_core_has_heard_of_it() -> 
     assert desk.hears(f"{UP}/state", packed(Presence(session=OTHER, online=True), OTHER)) == "Presence"
     assert desk.hears(f"{UP}/exec", packed(WORD, OTHER)) == "Execution"
     assert desk.hears(f"{UP}/exec", packed(WORD, SESSION)) == "stale_session"
+
+
+def test_equal_surveys_share_their_matrices() -> None:
+    desk = Desk()
+    heard = [desk.intake.receive(f"{UP}/exec", packed(replace(WORD, surveyed=found)), 0.0) for found in (ONE, ONE, TWO)]
+    said = [word.envelope.b for word in heard if isinstance(word, Word)]
+    lists = [moved.surveyed.matrices for moved in said if isinstance(moved, Execution) and moved.surveyed]
+    assert lists == [ONE.matrices, ONE.matrices, TWO.matrices]
+    assert lists[0] is lists[1]
 
 
 def test_invented_agents_are_named_a_few_times_and_counted_always(caplog: pytest.LogCaptureFixture) -> None:

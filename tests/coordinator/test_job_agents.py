@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from coordinator.core import actions as act
 from coordinator.core import events as ev
-from coordinator.core.fleet import encode_state
+from coordinator.core.fleet import decode_state, encode_state
 from coordinator.core.state import Phase
 from protocol.messages import ExecState, Matrix, Surveyed
 from tests.coordinator.conftest import sha
@@ -98,6 +98,18 @@ def test_those_who_find_other_matrices_in_the_same_base_are_out(play: Play) -> N
     twice = Surveyed(base_sha256=sha("base"), matrices=[*play.job().matrices] * 2, n_train=9, n_eval=0)
     play.join("f").move("f", ExecState.DONE, round=0, surveyed=twice)
     assert play.job().members["f"].excluded.startswith("bad_base: finds other matrices")
+
+
+def test_what_a_fleet_has_in_common_is_held_once(play: Play) -> None:
+    state = decode_state(encode_state(play.submit().join("a", "b").survey("a").survey("b").plan().fleet.state))
+    job = next(iter(state.jobs.values()))
+    one, other = (job.members[agent].surveyed for agent in ("a", "b"))
+    assert one
+    assert other
+    assert one.matrices is other.matrices
+    assert job.plan
+    assert job.plan.choices["a"].ranks is job.plan.choices["b"].ranks
+    assert encode_state(state) == encode_state(play.fleet.state)
 
 
 def test_ever_new_arrivals_do_not_put_off_the_first_round(play: Play) -> None:

@@ -28,7 +28,7 @@ from coordinator.versions import pick
 from protocol.blobs import Blobs
 from protocol.errors import BadConfig, Unavailable
 from protocol.messages import Blob
-from tests.coordinator.test_daemon import GOOD, PHASES, Stage, job_spec, undisturbed
+from tests.coordinator.daemon.stage import GOOD, PHASES, Stage, job_spec, undisturbed
 
 T0 = 1_750_000_000.0
 

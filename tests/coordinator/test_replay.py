@@ -19,7 +19,7 @@ from coordinator.core.state import Phase
 from coordinator.replay import Replayed, replay
 from coordinator.store import Store
 from protocol.errors import BadConfig
-from tests.coordinator.test_daemon import PHASES, Stage, job_spec
+from tests.coordinator.daemon.stage import PHASES, Stage, job_spec
 
 
 @pytest.fixture

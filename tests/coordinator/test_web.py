@@ -1,6 +1,7 @@
 """The API over a real port and a real coordinator: jobs in, views and adapters out, and no way in for strangers."""
 
 import asyncio
+import gc
 import io
 import json
 import signal
@@ -21,13 +22,15 @@ from coordinator.access import read_token
 from coordinator.asked import MAX_BODY_BYTES
 from coordinator.config import CoordinatorConfig, Web
 from coordinator.core import events as ev
-from coordinator.core.state import Phase
+from coordinator.core.state import AgentState, Phase
 from coordinator.daemon import Coordinator
+from coordinator.presence import Presence
+from coordinator.views import agent_views
 from fedpipe.broker import free_port
 from protocol.errors import BadConfig, Unavailable
 from protocol.frames import encode_frame
 from protocol.memory_bus import MemoryBroker
-from protocol.messages import Blob, ExecState, Offer
+from protocol.messages import Allowance, Blob, ExecState, Offer, Report
 
 Served = Any
 """The fixture's type; it lives in conftest.py."""
@@ -255,10 +258,22 @@ def test_the_fleet_at_a_glance(served: Served, http: httpx.Client) -> None:
     assert fleet["agents"] == http.get("/v1/agents").json()
     served.report("a", n_cpus=64)
     for view in (http.get("/v1/fleet?brief=1").json()["agents"], http.get("/v1/agents?brief=1").json()):
-        assert [(a["id"], a["report"] and a["report"]["n_cpus"]) for a in view] == [("a", 0), ("b", None), ("c", None)]
+        assert [(a["id"], a["report"]) for a in view] == [("a", {"t": "report"}), ("b", None), ("c", None)]
     assert http.get("/v1/agents").json()[0]["report"]["n_cpus"] == 64
     assert fleet["jobs"] == http.get("/v1/jobs").json()
     assert (fleet["jobs"][0]["n_agents"], fleet["jobs"][0]["n_done"]) == (2, 0)
+
+
+def test_a_view_of_many_agents_makes_nothing_for_the_garbage_collector() -> None:
+    """A search through all that a coordinator with 10,000 agents holds costs more than to tell of them."""
+    report = Report(allowance=Allowance(memory_bytes=1))
+    agents = {str(n): AgentState(id=str(n), online=True, report=report) for n in range(1000)}
+    for brief in (False, True):
+        gc.collect()
+        n_before = len(gc.get_objects())
+        views = agent_views(agents, Presence(15.0), brief=brief)
+        assert len(gc.get_objects()) - n_before < 100
+        assert [view.report and view.report.allowance for view in views] == [report.allowance] * 1000
 
 
 # ------------------------------------------------------------------------------------------------------------- adapter

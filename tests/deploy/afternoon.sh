@@ -7,7 +7,7 @@ set -x
 export FEDPIPE_URL=https://localhost:8470 FEDPIPE_CA_FILE=/etc/mosquitto/fedpipe/ca.pem FEDPIPE_TOKEN_FILE=/etc/fedpipe/api.token
 told() { echo "$1=$2" >>/root/told; }
 shown() { systemctl show --value -p "$2" "fedpipe-$1"; }
-until_true() { for _ in $(seq 160); do "$@" && return 0; sleep 0.5; done; return 1; }
+until_true() { for _ in $(seq 240); do "$@" && return 0; sleep 0.5; done; return 1; }
 online() { fedpipe agents --json | grep -q '"online":true'; }
 away() { fedpipe agents --json | grep -q '"online":false'; }
 pem=/var/lib/fedpipe-agent/identity/agent.pem
@@ -59,6 +59,8 @@ until_true nothing_there
 told status_without_broker "$(shown agent StatusText)"
 systemctl start mosquitto
 until_true online; told online $?
+broker=/proc/$(systemctl show --value -p MainPID mosquitto)
+told broker "$(awk '/open files/ {print $4}' "$broker/limits") $(tr '\0' '\n' <"$broker/environ" | grep -c ^MALLOC_)"
 told user "$(ps -o user= -p "$(shown agent MainPID)")"
 
 fedpipe submit /root/job.toml; told submit $?

@@ -36,6 +36,7 @@ tests:
       - {series: 'fedpipe_certificate_expiry_timestamp_seconds{certificate="agent", instance="a"}', values: '1213200x200'}
       - {series: 'fedpipe_certificate_expiry_timestamp_seconds{certificate="authority", instance="c"}', values: '31539600x200'}
       - {series: 'fedpipe_bus_connected{instance="a"}', values: '1x60 0x140'}
+      - {series: 'fedpipe_store_usable{instance="c"}', values: '1x60 0x140'}
       - {series: 'fedpipe_messages_rejected_total{kind="flood", instance="c"}', values: '0x60 0+120x140'}
     alert_rule_test:
 """
@@ -48,6 +49,7 @@ FIRED = (
     ("FedpipeCertificateExpires", 59, 62, "warning"),
     ("FedpipeAuthorityEnds", 59, 62, "warning"),
     ("FedpipeNoBroker", 65, 75, "critical"),
+    ("FedpipeNoStore", 67, 69, "warning"),
     ("FedpipeRejectedMessages", 60, 85, "warning"),
 )
 

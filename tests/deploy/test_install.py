@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 from pathlib import Path
@@ -102,6 +103,8 @@ def test_every_step_of_the_afternoon_succeeds(told: dict[str, str]) -> None:
     assert told["config_mode"] == "750:root:fedpipe"
     assert "no broker" in told["status_without_broker"]
     assert told["user"].strip() == "fedpipe"
+    n_files = min(65536, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    assert told["broker"] == f"{n_files} 2", "descriptors, and settings for glibc, by the drop-in for mosquitto"
 
 
 def test_a_job_is_trained_inside_the_hardened_units(told: dict[str, str]) -> None:

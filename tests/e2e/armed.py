@@ -183,7 +183,7 @@ def arm_coordinator(spring: Traps) -> Callable[[], int]:
     _around(automatic, "plan", spring, lambda *_: ["plan.begun"], None)
     _around(folding, "fold", spring, lambda *_: ["fold.begun"], lambda *_: ["fold.stored"])
     _around(folding, "write_model", spring, None, lambda *_: ["fold.written"])
-    _around(export, "save_file", spring, None, lambda *_: ["export.torn"])
+    _around(export, "write_tensors", spring, None, lambda *_: ["export.torn"])
     n_chunks = iter(range(1, 10**9))
     _around(Exchange, "chunk", spring, None, lambda *_: [f"upload.{next(n_chunks)}"])
 

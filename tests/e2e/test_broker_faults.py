@@ -157,7 +157,7 @@ async def test_a_denied_topic_is_named_with_the_line_that_allows_it(
             said = await heard.hears("publish_refused", f"up/{leaf}")
             assert "`topic write fed/v1/main/a/anna/up/#`" in said
         for leaf in AGENT_SAYS - {"state", "report"}:
-            agent.outgoing.say(agent.topics.up("anna", leaf), agent.report)  # type: ignore[arg-type]
+            agent.outgoing.say(agent.topics.up("anna", leaf), agent.resources.report)  # type: ignore[arg-type]
             assert "`topic write fed/v1/main/a/anna/up/#`" in await heard.hears("publish_refused", f"up/{leaf}")
 
 

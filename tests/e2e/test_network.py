@@ -18,10 +18,12 @@ from chaos.fleet import BROKER, CLOUD, Fleet, masters, unfinished
 from chaos.network import obstacle
 from chaos.verdict import audit, read_logs
 from coordinator.views import JobView
+from fedpipe.broker import mosquitto_command
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
 
 SMALL = ["max_packet_size 3000", "max_queued_messages 8"]
+STARVED = ["max_packet_size 3000", "max_queued_messages 2", "max_inflight_messages 1"]
 JOB_S = 200.0
 NOTICED_S = 30.0
 """Two keepalives of 5 s, and what mosquitto and a busy machine take beyond."""
@@ -129,3 +131,27 @@ async def test_clocks_that_jump_by_days_in_mid_round(stand: Stand) -> None:
     fleet.shift_clock(CLOUD, -86_400.0)
     fleet.shift_clock(stand.clara, 86_400.0)
     await stand.is_the_same("clocks")
+
+
+async def test_a_broker_that_throws_away_what_it_has_acknowledged(stand: Stand) -> None:
+    """With room for three messages for each client: births are lost, and states and plans as it happens; somebody says them again."""
+    fleet, log = stand.fleet, f"{BROKER}/{BROKER}.log"
+    n_up = n_connected(fleet) + len(fleet.agents) + 1
+    await fleet.cluster.down(BROKER)
+    n_before = len(fleet.logs()[log])
+    mosquitto_command(fleet.broker_port, fleet.folder / BROKER, STARVED)
+    await fleet.cluster.up(BROKER)
+    async with asyncio.timeout(NOTICED_S):
+        while n_connected(fleet) < n_up:  # noqa: ASYNC110 - other processes bring it about
+            await asyncio.sleep(0.1)
+    fleet.proxies[CLOUD].cut()  # all that is retained comes at once to who subscribes anew
+    await fleet.submit(job_text(fleet, "starved"))
+    await stand.is_the_same("starved")
+    await fleet.cluster.down(BROKER)  # it writes its log when it ends
+    await fleet.cluster.up(BROKER)
+    assert "Outgoing messages are being dropped for client" in fleet.logs()[log][n_before:]
+
+
+def n_connected(fleet: Fleet) -> int:
+    """How often a daemon has found the broker."""
+    return sum(log.count("action=bus_up") for log in fleet.logs().values())

@@ -1,6 +1,7 @@
 """Update files: what is written comes back, and no damage or lie gets past the reader."""
 
 import tracemalloc
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from protocol.adapters import Adapter, Factors
+from protocol.adapters import Adapter, Factors, bands
 from protocol.errors import BadUpdate
 from protocol.messages import UpdateDtype
 from protocol.models import read_model, write_model
@@ -128,11 +129,50 @@ def test_any_msgpack_reader_can_follow_it(path: Path) -> None:
     adapter = make_adapter()
     write(path, adapter)
     header, *records = msgpack.Unpacker(path.open("rb"))
-    assert header["matrices"] == [[name, RANKS[name], *SHAPES[name]] for name in sorted(RANKS)]
+    assert msgpack.unpackb(zlib.decompress(header["matrices"])) == [
+        [name, RANKS[name], *SHAPES[name]] for name in sorted(RANKS)
+    ]
     assert {k: header[k] for k in ("v", "kind", *WHICH)} == {"v": 1, "kind": "lora", **WHICH}
     for name, (a, b) in zip(sorted(RANKS), records, strict=True):
         assert a == adapter[name].a.tobytes()
         assert b == adapter[name].b.tobytes()
+
+
+def rewritten(path: Path, matrices: object) -> None:
+    """The same file with another list of matrices."""
+    unpacker = msgpack.Unpacker(path.open("rb"))
+    header = unpacker.unpack()
+    behind = path.read_bytes()[unpacker.tell() :]
+    path.write_bytes(msgpack.packb(header | {"matrices": matrices}) + behind)
+
+
+def test_a_list_that_is_not_deflated_is_read_too(path: Path) -> None:
+    write(path, make_adapter())
+    before = read(path)
+    rewritten(path, [[name, RANKS[name], *SHAPES[name]] for name in sorted(RANKS)])
+    assert read(path).ranks == before.ranks
+    read(path).check_values()
+
+
+@pytest.mark.parametrize(
+    "matrices",
+    [
+        b"",
+        b"no zlib",
+        zlib.compress(bytes(9 * 2**20)),  # small on the wire
+        zlib.compress(msgpack.packb([]))[:-1],
+        zlib.compress(msgpack.packb([])) + b"more",
+        zlib.compress(b"\xc1"),
+    ],
+)
+def test_a_list_that_does_not_inflate_is_refused(path: Path, matrices: bytes) -> None:
+    write(path, make_adapter())
+    rewritten(path, matrices)
+    tracemalloc.start()
+    with pytest.raises(BadUpdate):
+        read(path)
+    assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    tracemalloc.stop()
 
 
 def test_scores_ride_along_for_some_or_no_matrix(path: Path) -> None:
@@ -255,6 +295,35 @@ def test_values_that_are_not_finite_are_neither_written_nor_accepted(path: Path,
         write(path, adapter)
     assert path.read_bytes() == good
     assert [file.name for file in path.parent.iterdir()] == ["update"]
+
+
+LARGE = {"m": Factors(np.ones((3, 50_000), np.float32), np.ones((20_000, 3), np.float32))}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_a_large_matrix_in_parts_is_the_matrix(path: Path, dtype: UpdateDtype) -> None:
+    rng = np.random.default_rng(1)
+    one = Factors(rng.random((3, 50_000), np.float32), rng.random((20_000, 3), np.float32))
+    write(path, {"a": one, "m": one}, dtype)
+    update = read(path, 10**7)
+    parts = [update.stack(["m"], rows) for rows in bands(3, (20_000, 50_000))]
+    assert len(parts) > 1
+    assert np.array_equal(np.hstack([part.a[0].reshape(-1) for part in parts]), update.factors("m").a.reshape(-1))
+    assert np.array_equal(np.vstack([part.b[0] for part in parts]), update.factors("m").b)
+    assert update.stack(["m"], (slice(2, 9), slice(0, 0))).a.shape == (1, 1, 50_000)
+
+
+@pytest.mark.parametrize(("place", "what"), [(0, "not finite"), (-4, "not finite"), (-240_001, "damaged")])
+def test_what_is_wrong_in_any_part_of_a_large_matrix_is_noticed(path: Path, place: int, what: str) -> None:
+    write(path, LARGE)
+    data = bytearray(path.read_bytes())
+    at = place % len(data) if place else len(data) - 240_000 - 5 - 600_000
+    data[at : at + 4 if what == "not finite" else at + 1] = (
+        np.float32(np.nan).tobytes() if what == "not finite" else b"x"
+    )
+    path.write_bytes(data)
+    with pytest.raises(BadUpdate, match=f"'m' .*{what}"):
+        read(path, 10**7).check_values()
 
 
 def test_too_large_for_fp16_is_said_by_the_writer(path: Path) -> None:
