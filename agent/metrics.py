@@ -73,9 +73,9 @@ def _of_bus(agent: Agent) -> Iterator[Metric]:
     refused = {(kind,): float(n) for kind, n in agent.refused.items()}
     yield counter("fedpipe_messages_rejected_total", "Messages that were not taken in.", refused, "kind")
     text = "Bytes of models, by the bus or by an object store."
-    yield counter("fedpipe_received_bytes_total", text, _by_route(agent.exchange.received_bytes), "route")
+    yield counter("fedpipe_received_bytes_total", text, _by_route(agent.traffic.exchange.received_bytes), "route")
     text = "Bytes of updates, by the bus or by an object store."
-    yield counter("fedpipe_sent_bytes_total", text, _by_route(agent.exchange.sent_bytes), "route")
+    yield counter("fedpipe_sent_bytes_total", text, _by_route(agent.traffic.exchange.sent_bytes), "route")
     lag = {(): agent.health.lag_s}
     yield histogram("fedpipe_event_loop_lag_seconds", "How late the loop comes to itself, once a second.", lag)
     yield gauge("fedpipe_healthy", "1 while the watchdog is fed.", float(not agent.health.fault))
@@ -86,7 +86,7 @@ def _by_route(n_bytes: dict[str, int]) -> dict[tuple[str, ...], float]:
 
 
 def _of_host(agent: Agent) -> Iterator[Metric]:
-    now = agent.host.verdict.level
+    now = agent.resources.host.verdict.level
     levels = {(level,): float(level == now) for level in LEVELS}
     yield gauge("fedpipe_host_level", "1 for how far training gives way to the host.", levels, "level")
     for name, text, field in (
@@ -95,9 +95,11 @@ def _of_host(agent: Agent) -> Iterator[Metric]:
         ("fedpipe_gpu_power_watts", "What a GPU draws.", "power_w"),
         ("fedpipe_gpu_temperature_celsius", "How hot a GPU is.", "temperature_c"),
     ):
-        found = {(str(gpu.index), gpu.name): float(getattr(gpu, field)) for gpu in agent.report.gpus}
+        found = {(str(gpu.index), gpu.name): float(getattr(gpu, field)) for gpu in agent.resources.report.gpus}
         yield gauge(name, text, found, "gpu", "model")
-    yield gauge("fedpipe_ram_available_bytes", "Memory that is available.", float(agent.report.ram_available_bytes))
+    yield gauge(
+        "fedpipe_ram_available_bytes", "Memory that is available.", float(agent.resources.report.ram_available_bytes)
+    )
     with suppress(OSError):
         free_bytes = float(shutil.disk_usage(agent.folder).free)
         yield gauge("fedpipe_disk_free_bytes", "Free space for the state folder.", free_bytes)

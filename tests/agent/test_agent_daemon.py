@@ -35,7 +35,7 @@ from protocol import codec
 from protocol.blobs import Blobs
 from protocol.bus import BrokerConfig, Connected, Received
 from protocol.exchange import Exchange, Outcome, Pulled
-from protocol.memory_bus import MemoryBroker
+from protocol.memory_bus import MemoryBroker, MemoryBus
 from protocol.messages import (
     Base,
     Blob,
@@ -402,7 +402,7 @@ async def test_cut_off_while_it_downloads_it_goes_on_at_once(stage: Stage, cloud
 
     stage.broker.drop = cut
     agent = await stage.start()
-    agent.exchange.receiving.timeout_s = agent.exchange.receiving.max_timeout_s = 1e6
+    agent.traffic.exchange.receiving.timeout_s = agent.traffic.exchange.receiving.max_timeout_s = 1e6
     model = cloud.serve(bytes(range(256)) * 80)
     cloud.give(a_plan(round=2, version=1, model=model, broadcast=listening))
     assert (await cloud.hears(Grant)).until == (model.n_chunks if listening else 0)
@@ -466,14 +466,47 @@ async def test_what_was_suspended_is_handed_in_late_when_its_round_is_over(stage
     assert stage.agent.training.supervisor.pid is None
 
 
+async def test_an_offer_is_repeated_only_when_the_broker_has_the_last_one(
+    stage: Stage, cloud: Cloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One message per round trip, of seconds: repeated offers would stand in the line before everything else."""
+    offered, acknowledged, published = 0, asyncio.Event(), MemoryBus.publish
+
+    async def publish(bus: MemoryBus, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> None:
+        nonlocal offered
+        await published(bus, topic, payload, qos=qos, retain=retain)
+        if topic == topics.up("a1", "offer"):
+            offered += 1
+            await acknowledged.wait()
+
+    monkeypatch.setattr(MemoryBus, "publish", publish)
+    cloud.takes_updates = False
+    agent = await stage.start()
+    cloud.give(a_plan())
+    await cloud.hears(Offer)
+    for _ in range(100):
+        agent.traffic.offer_all()
+        await asyncio.sleep(0)
+    assert offered == 1
+    stage.broker.cut("a1")
+    await cloud.hears(Presence, online=True)
+    await cloud.hears(Offer)
+    assert offered == 2, "a birth voids what was offered before it, wherever that is"
+    acknowledged.set()
+    await asyncio.sleep(0)
+    cloud.takes_updates = True
+    agent.traffic.offer_all()
+    await cloud.hears_of("DONE")
+
+
 async def test_without_a_broker_it_rests(stage: Stage, cloud: Cloud) -> None:
     cloud.takes_updates = False
     agent = await stage.start()
     cloud.give(a_plan())
     await cloud.hears(Offer)
     stage.broker.hold("a1")
-    agent.uploads.repeat_s = 0.0
-    agent.uploads.reset(agent.clock())
+    agent.traffic.uploads.repeat_s = 0.0
+    agent.traffic.offer_all()
     ticks = 0
     tick = agent._tick
 
@@ -581,7 +614,7 @@ async def test_a_service_that_computes_gets_the_processor_and_the_round_still_en
     cloud.give(a_plan(n_steps=10**6))
     await cloud.hears_of("TRAINING")
     await cloud.hears(Progress, phase="training")
-    agent.host = Host(watchful(max_other_cpu=0.2 / (os.cpu_count() or 1)))
+    agent.resources.host = Host(watchful(max_other_cpu=0.2 / (os.cpu_count() or 1)))
     with hog("print('ready', flush=True)\nwhile True: pass"):
         assert "of the CPU" in (await cloud.hears_of("TRAINING")).reason
         await cloud.hears(Progress, phase="paused")
@@ -599,7 +632,7 @@ async def test_a_service_that_needs_memory_gets_all_that_the_child_holds(stage: 
     await cloud.hears(Progress, phase="training")
     available = psutil.virtual_memory().available
     taken = min(3 * 2**30, available // 4)
-    agent.host = Host(watchful(min_free_bytes=available - taken // 2))
+    agent.resources.host = Host(watchful(min_free_bytes=available - taken // 2))
     with hog(f"import time\nx = b'x' * {taken}\nprint('ready', flush=True)\ntime.sleep(600)"):
         offer = await cloud.hears(Offer)
         await cloud.hears_of("DONE")
@@ -631,7 +664,7 @@ async def test_the_uplink_is_measured_once_before_anything_was_uploaded(stage: S
     cloud.give(a_plan())
     await cloud.hears_of("DONE")
     assert probes == [1, CHUNK], "not at every connection"
-    assert agent.link.up_bytes_per_s > 0
+    assert agent.resources.link.up_bytes_per_s > 0
 
 
 async def test_an_agent_that_has_yet_to_measure_its_uplink_stops_at_once(stage: Stage, cloud: Cloud) -> None:
@@ -639,7 +672,7 @@ async def test_an_agent_that_has_yet_to_measure_its_uplink_stops_at_once(stage: 
     agent = await stage.start()
     await cloud.hears(Presence, online=True)
     await stage.stop()
-    assert agent.link.up_bytes_per_s == 0
+    assert agent.resources.link.up_bytes_per_s == 0
 
 
 async def test_an_uplink_that_is_not_to_be_measured_is_not(stage: Stage, cloud: Cloud) -> None:
@@ -647,4 +680,4 @@ async def test_an_uplink_that_is_not_to_be_measured_is_not(stage: Stage, cloud: 
     agent = await stage.start()
     cloud.give(a_plan(n_steps=10**6))
     await cloud.hears_of("TRAINING")
-    assert agent.link.up_bytes_per_s == 0
+    assert agent.resources.link.up_bytes_per_s == 0
