@@ -106,16 +106,17 @@ def _servers(ask: Ask, agents: Sequence[str]) -> tuple[list[Server], dict[str, C
     choices: dict[str, Choice] = {}
     left_out: dict[str, str] = {}
     notes: list[str] = []
+    known: fixed.Known = {}
     for agent in sorted(agents):
         may = bounds(ask.reports.get(agent))
         try:
             if ask.spec.is_pinned(agent):
-                choices[agent] = _fixed(ask, agent, may)
+                choices[agent] = _fixed(ask, agent, may, known)
                 continue
             try:
                 found.append(server(ask, agent))
             except BadMessage as error:
-                choices[agent] = _fixed(ask, agent, may, f"by default: {error}")
+                choices[agent] = _fixed(ask, agent, may, known, f"by default: {error}")
                 notes.append(f"{agent} takes part with defaults: {error}")
         except BadConfig as error:
             left_out[agent] = str(error)
@@ -131,8 +132,8 @@ def _servers(ask: Ask, agents: Sequence[str]) -> tuple[list[Server], dict[str, C
     return scoped, choices, left_out, notes
 
 
-def _fixed(ask: Ask, agent: str, may: Bounds, why: str = "by default") -> Choice:
-    choice = fixed.choose(ask.spec, agent, ask.matrices, may, why)
+def _fixed(ask: Ask, agent: str, may: Bounds, known: fixed.Known, why: str = "by default") -> Choice:
+    choice = fixed.choose(ask.spec, agent, ask.matrices, may, known, why)
     dtype = uplink.update_dtype(ask.spec, ask.matrices, ask.reports.get(agent), uplink.typical_s(ask.spec))
     return msgspec.structs.replace(choice, update_dtype=dtype)
 

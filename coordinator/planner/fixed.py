@@ -6,7 +6,7 @@ A target is "all", a whole module name, or a suffix of one that starts at a dot:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Final, TypeAlias
 
 from coordinator.core.choice import Choice
 from coordinator.core.spec import JobSpec
@@ -32,17 +32,26 @@ def select(matrices: Sequence[Matrix], targets: Iterable[str]) -> list[Matrix]:
     return [chosen[name] for name in sorted(chosen)]
 
 
-def choose(spec: JobSpec, agent: str, matrices: Sequence[Matrix], may: Bounds, why: str = "by default") -> Choice:
+Known: TypeAlias = dict[tuple[tuple[str, ...], int], dict[str, int]]
+"""Ranks by matrix for targets and a rank: of thousands of matrices, found once for all agents that are asked for the same."""
+
+
+def choose(
+    spec: JobSpec, agent: str, matrices: Sequence[Matrix], may: Bounds, known: Known, why: str = "by default"
+) -> Choice:
     """One agent's choice, with plain defaults, as far as they are allowed, for what the job file leaves open.
 
-    A rank is never above min(d_in, d_out).  Raises BadConfig for a target that names nothing and for a pin that is not allowed.
+    A rank is never above min(d_in, d_out).  `known` is of the same matrices, and is added to.  Raises BadConfig for a target
+    that names nothing and for a pin that is not allowed.
     """
     pins = spec.pins(agent)
     may.refuse(pins)
-    chosen = select(matrices, pins.targets or ["all"])
-    rank = pins.rank or min(RANK, may.max_rank)
+    asked = tuple(pins.targets or ["all"]), pins.rank or min(RANK, may.max_rank)
+    if asked not in known:
+        targets, rank = asked
+        known[asked] = {m.name: min(rank, m.d_in, m.d_out) for m in select(matrices, targets)}
     return Choice(
-        ranks={m.name: min(rank, m.d_in, m.d_out) for m in chosen},
+        ranks=known[asked],
         bits=pins.bits or may.bits[0],
         n_steps=pins.n_steps or N_STEPS,
         batch=pins.batch or min(BATCH, may.max_batch),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +18,12 @@ ONE = b"\xa8surveyed" + random.Random(1).randbytes(150_000)
 TWO = b"\xaacalibrated" + random.Random(2).randbytes(5_000)
 
 
-@given(st.lists(st.one_of(st.sampled_from([*pieces._BORDERS, ONE, TWO]), st.binary(max_size=6000)), max_size=12))
+@given(
+    st.lists(
+        st.one_of(st.sampled_from([*map(msgpack.packb, pieces._FIELDS), ONE, TWO]), st.binary(max_size=6000)),
+        max_size=12,
+    )
+)
 def test_the_pieces_in_order_are_the_whole(parts: list[bytes]) -> None:
     data = b"".join(parts)
     found = list(pieces.cut(data))
