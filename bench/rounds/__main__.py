@@ -36,11 +36,11 @@ class Scale(NamedTuple):
 
     n_agents: int
     n_rounds: int
-    n_peer_rounds: int
+    n_flower_rounds: int
 
 
-FULL: Final = Scale(n_agents=10, n_rounds=10, n_peer_rounds=4)
-QUICK: Final = Scale(n_agents=10, n_rounds=3, n_peer_rounds=2)
+FULL: Final = Scale(n_agents=10, n_rounds=10, n_flower_rounds=4)
+QUICK: Final = Scale(n_agents=10, n_rounds=3, n_flower_rounds=2)
 Part: TypeAlias = Callable[[Path, Scale], dict[str, Any]]
 
 
@@ -75,7 +75,7 @@ def _own(name: str, n_tensors: int = 64, *, n_agents: int = 0, **how: Any) -> Pa
 
 def _peer(name: str, run: Callable[..., peers.Peer], *, has_tls: bool) -> Part:
     def part(folder: Path, scale: Scale) -> dict[str, Any]:
-        n, n_rounds = scale.n_agents, scale.n_peer_rounds
+        n, n_rounds = scale.n_agents, scale.n_flower_rounds if run is peers.flower else scale.n_rounds
         folder.mkdir(parents=True)
         return {name: msgspec.to_builtins(run(folder, Payload(), n_clients=n, n_rounds=n_rounds, has_tls=has_tls))}
 
