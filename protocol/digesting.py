@@ -7,7 +7,9 @@ better uses for both.  One thread serves a whole process, in order, so a digest 
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
+import weakref
 from io import FileIO
 from queue import Queue
 from typing import TYPE_CHECKING, Final
@@ -16,6 +18,8 @@ from protocol.files import start_writing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
 
 MAX_WAITING: Final = 16
 """Pieces that wait for the thread; who brings more waits with them, so memory stays bounded."""
@@ -28,10 +32,14 @@ _thread: list[threading.Thread] = []
 
 
 class Digesting:
-    """The sha256 of the pieces handed in so far, which are what `file` holds from its beginning on."""
+    """The sha256 of the pieces handed in so far, which are what `file` holds from its beginning on.
+
+    The file is closed when nobody uses it any more: the thread may still work on what everybody else has given up.
+    """
 
     def __init__(self, file: FileIO) -> None:
         self._file = file
+        weakref.finalize(self, file.close)
         self._sha256 = hashlib.sha256()
         self._n_bytes = self._n_begun = 0
 
@@ -67,5 +75,8 @@ def _start() -> None:
 def _run() -> None:
     while True:
         work, piece = _waiting.get()
-        work(piece)
+        try:
+            work(piece)
+        except Exception:  # a digest that lacks a piece fails its file, a thread that ends would stop the whole process
+            logger.exception("a piece was not hashed", extra={"action": "bug"})
         del work, piece  # or the last one of all would be held until the next comes

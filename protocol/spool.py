@@ -54,16 +54,12 @@ _LATEST: Final[weakref.WeakValueDictionary[Path, Partial]] = weakref.WeakValueDi
 
 
 class _Seen:
-    """A partial file, held open, and the digest of what was written to it so far, in order.
-
-    It is closed when nobody uses it any more: a thread may verify what the event loop has given up.
-    """
+    """A partial file, held open, and the digest of what was written to it so far, in order."""
 
     def __init__(self, data: Path) -> None:
-        self.file = data.open("rb", buffering=0)
-        weakref.finalize(self, self.file.close)
-        self._stat = os.fstat(self.file.fileno())
-        self.digesting, self.n_chunks = Digesting(self.file), 0
+        file = data.open("rb", buffering=0)
+        self._stat = os.fstat(file.fileno())
+        self.digesting, self.n_chunks = Digesting(file), 0
 
     def is_of(self, descriptor: int) -> bool:
         """Whether it speaks for the file behind `descriptor`."""
