@@ -19,7 +19,7 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 from typing import Final, NamedTuple
 
 import msgspec
@@ -316,7 +316,7 @@ def _rounds() -> Iterator[Table]:
         cells = (f"{phases[key]:.2f}" if key in phases else "" for key in ("down", "up", "fold"))
         peak = ", ".join(f"{who} {n / 2**20:.0f}" for who, n in peaks.items())
         above = f"{part['peak_over_payload']:.1f}" if "peak_over_payload" in part else ""
-        shown = f"{median(part['rounds_s']):.2f}", *cells, f"{spent:.2f}" if spent else ""
+        shown = f"{fmean(part['rounds_s']):.2f}", *cells, f"{spent:.2f}" if spent else ""
         rows.append((f"`{name}`", *shown, peak, above, f"{part['load']:.1f}"))
     head = ("", "round, s", "down", "up", "fold", "CPU s")
     yield Table(
