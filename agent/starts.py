@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 MAX_STARTS: Final = 5
 """Beginnings from one step before the share is given up.  A restart of the daemon is one too, whoever wanted it."""
 PAGE_BYTES: Final = 4096
-ENDING_BYTES: Final = 500
+MAX_ENDING: Final = 500
+"""Characters: with all of them escaped the count still fits its page."""
 
 
 class Begun(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,7 +62,7 @@ class Starts:
     def died(self, ending: str) -> None:
         """Remember how the last beginning ended."""
         if known := self._known():
-            self._keep(msgspec.structs.replace(known, ending=ending[:ENDING_BYTES]))
+            self._keep(msgspec.structs.replace(known, ending=ending[:MAX_ENDING]))
 
     def forget(self) -> None:
         """The share ended, or was left in order."""

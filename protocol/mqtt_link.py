@@ -60,6 +60,8 @@ TURN_BYTES: Final = 256 * 1024
 """Read before others have their turn."""
 ENOUGH_BYTES: Final = 96 * 1024
 """Of a large packet so much is waited for at a time: every smaller piece would wake the loop, and cost as much as the whole."""
+RECORD_BYTES: Final = 17 * 1024
+"""A TLS record: of one that is not whole OpenSSL may hold all but a byte, which the socket will not bring again."""
 UNSENT_BYTES: Final = 256 * 1024
 """What may lie unsent in the kernel: enough to keep the line busy, little enough that a ping is not late behind it."""
 
@@ -341,7 +343,7 @@ class Link(aiomqtt.Client):
                     return
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             client._last_bytes_received = time.monotonic()  # noqa: SLF001 - paho's own clock
-            self._await_bytes(client.socket(), max(1, min(packets.n_missing, ENOUGH_BYTES)))
+            self._await_bytes(client.socket(), max(1, min(packets.n_missing - RECORD_BYTES, ENOUGH_BYTES)))
         except Exception as error:  # noqa: BLE001 - whatever it was, this connection cannot be trusted any more
             self._lose(_broken(self, str(error)))
             client._sock_close()  # noqa: SLF001
@@ -368,6 +370,10 @@ class Link(aiomqtt.Client):
         with suppress(UnicodeDecodeError):  # no broker should pass it on, and nobody here could mean it
             self.deliver(Received(topic.decode(), bytes(body[at:]), bool(command & 1)))
         return client._send_puback(mid) if qos else MQTTErrorCode.MQTT_ERR_SUCCESS  # noqa: SLF001
+
+    def _on_socket_close(self, client: Paho, userdata: Any, sock: Any) -> None:
+        self._unwatch(sock)
+        super()._on_socket_close(client, userdata, sock)
 
     def _on_socket_register_write(self, client: Paho, userdata: Any, sock: Any) -> None:
         soon = self._loop.call_soon if threading.get_ident() == self._thread else self._loop.call_soon_threadsafe
@@ -403,6 +409,7 @@ class Link(aiomqtt.Client):
                 self._loop.add_writer(sock, self._write, client)
         except Exception as error:  # noqa: BLE001 - whatever it was, this connection cannot be trusted any more
             self._lose(_broken(self, str(error)))
+            client._sock_close()  # noqa: SLF001
         else:
             client._call_socket_unregister_write()  # noqa: SLF001
             self._unwatch(sock)

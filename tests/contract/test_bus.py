@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import selectors
 import socket
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
@@ -375,6 +376,35 @@ async def test_wrong_password_is_explained(start_mosquitto: Any, stack: contextl
         config = BrokerConfig(url=broker.url, protocol=protocol, username="nobody")  # type: ignore[arg-type]
         bus = await stack.enter_async_context(mqtt_bus(config, "writer", lambda: None))
         assert "user name" in (await until(bus, Disconnected)).reason
+
+
+async def test_a_connection_that_ends_while_it_is_full_leaves_nothing_behind() -> None:
+    """A socket that the loop still watched would be in the way of whatever gets its number next."""
+    full = asyncio.Event()
+
+    async def deaf(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(100)
+        writer.write(b"\x20\x02\x00\x00")  # CONNACK
+        await full.wait()
+        writer.transport.abort()
+
+    async with await asyncio.start_server(deaf, "127.0.0.1", 0, limit=1000) as server:
+        url = f"mqtt://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with mqtt_bus(BrokerConfig(url=url, protocol="3.1.1"), "one", lambda: None) as bus:
+            await until(bus, Connected)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    while True:
+                        await bus.publish("t", bytes(2**20), qos=0)
+            assert watched_for_writing() == 1
+            full.set()
+            await until(bus, Disconnected)
+            assert watched_for_writing() == 0
+
+
+def watched_for_writing() -> int:
+    loop: Any = asyncio.get_running_loop()
+    return sum(bool(key.events & selectors.EVENT_WRITE) for key in loop._selector.get_map().values())
 
 
 async def test_leaving_a_mute_broker_leaves_nothing_behind() -> None:

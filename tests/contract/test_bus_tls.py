@@ -66,6 +66,33 @@ async def test_mutual_tls_carries_chunks(secured: Any, keys: Path) -> None:
         assert [await bus.next() for _ in chunks] == [Received("t", chunk, retained=False) for chunk in chunks]
 
 
+async def test_a_chunk_is_whole_when_its_last_record_comes_in_pieces(secured: Any, keys: Path) -> None:
+    """Of a record that is not whole TLS holds a part already, which the socket then cannot bring any more."""
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pause_s: float) -> None:
+        while piece := await reader.read(3000):
+            writer.write(piece)
+            await asyncio.sleep(pause_s)
+        writer.close()
+
+    async def between(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        broker_reader, broker_writer = await asyncio.open_connection("127.0.0.1", secured.port)
+        with contextlib.suppress(OSError):
+            await asyncio.gather(relay(reader, broker_writer, 0.0), relay(broker_reader, writer, 0.001))
+
+    async with contextlib.AsyncExitStack() as stack, asyncio.timeout(PATIENCE_S):
+        server = await stack.enter_async_context(await asyncio.start_server(between, "127.0.0.1", 0))
+        files = {"ca_file": f"{keys}/ca.pem", "cert_file": f"{keys}/client.pem", "key_file": f"{keys}/client.key"}
+        url = f"mqtts://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        bus = mqtt_bus(BrokerConfig(url=url, keepalive_s=3600, **files), "client", lambda: None)
+        await bus.subscribe("t")
+        await stack.enter_async_context(bus)
+        assert isinstance(await bus.next(), Connected)
+        for size in (262_144, 100_000, 65_000):
+            await bus.publish("t", bytes(size), qos=0)
+            assert await bus.next() == Received("t", bytes(size), retained=False)
+
+
 async def test_each_obstacle_says_what_to_do(secured: Any, mosquitto_broker: Any, keys: Path) -> None:
     cases = {
         "broker.ca_file": at(secured, ca_file=f"{keys}/stranger.pem"),
