@@ -5,8 +5,9 @@ Time and energy are recorded with each share; prices are not, so a price that is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Final
+from collections.abc import Iterator, Mapping
+from operator import add
+from typing import Annotated, Final, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -93,32 +94,47 @@ def spent_text(cost: CostView) -> str:
     return "; ".join(filter(None, [f"{duration_text(cost.work_s)} at work", energy, money]))
 
 
-def cost_so_far(rounds: Iterable[RoundRecord], devices: Mapping[str, str], prices: Prices = FREE) -> CostView:
-    """Everything that agents handed in until the last ended round.  `devices` says what each agent trains on.
+class Spent(NamedTuple):
+    """What one agent has spent on a job; fields as in CostView."""
 
-    A finished share that a failed attempt left to the next one is in the records of both; it counts once.  Cost: linear in
-    shares of all rounds.
-    """
-    once: dict[tuple[int, str, float], tuple[str, ShareRecord]] = {}
-    for record in rounds:
-        for agent, share in record.shares.items():
-            once[record.round, agent, share.assigned_at] = agent, share
-    shares = list(once.values())
-    known = [(agent, share.energy) for agent, share in shares if share.energy]
-    by_hour = sum(prices.of(agent).per_hour * work_s(share) / HOUR_S for agent, share in shares)
-    by_energy = sum(prices.of(agent).per_kwh * energy.joules / KWH_J for agent, energy in known)
+    train_s: float = 0.0
+    samples: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    n_shares: int = 0
+    n_failed: int = 0
+    work_s: float = 0.0
+    joules: float = 0.0
+    declared_j: float = 0.0
+    unmetered_s: float = 0.0
+
+    def plus(self, share: ShareRecord) -> Spent:
+        """The same with one more share."""
+        energy, worked_s = share.energy, work_s(share)
+        joules = energy.joules if energy else 0.0
+        more = Spent(
+            train_s=share.train_s,
+            samples=share.samples,
+            bytes_up=share.bytes_up,
+            bytes_down=share.bytes_down,
+            n_shares=1,
+            n_failed=share.state != "DONE",
+            work_s=worked_s,
+            joules=joules,
+            declared_j=joules if energy and energy.source == "declared" else 0.0,
+            unmetered_s=0.0 if energy else worked_s,
+        )
+        return Spent._make(map(add, self, more))
+
+
+def cost_so_far(spent: Mapping[str, Spent], devices: Mapping[str, str], prices: Prices = FREE) -> CostView:
+    """What all agents have spent until the last ended round.  `devices` says what each agent trains on."""
+    whole = Spent._make(map(sum, zip(*spent.values(), strict=True))) if spent else Spent()
+    by_hour = sum(prices.of(agent).per_hour * one.work_s / HOUR_S for agent, one in spent.items())
+    by_energy = sum(prices.of(agent).per_kwh * one.joules / KWH_J for agent, one in spent.items())
     return CostView(
-        train_s=sum(share.train_s for _, share in shares),
-        gpu_s=sum(share.train_s for agent, share in shares if devices.get(agent, "cpu") != "cpu"),
-        samples=sum(share.samples for _, share in shares),
-        bytes_up=sum(share.bytes_up for _, share in shares),
-        bytes_down=sum(share.bytes_down for _, share in shares),
-        n_shares=len(shares),
-        n_failed=sum(share.state != "DONE" for _, share in shares),
-        work_s=sum(work_s(share) for _, share in shares),
-        joules=sum(energy.joules for _, energy in known),
-        declared_j=sum(energy.joules for _, energy in known if energy.source == "declared"),
-        unmetered_s=sum(work_s(share) for _, share in shares if share.energy is None),
+        **whole._asdict(),
+        gpu_s=sum(one.train_s for agent, one in spent.items() if devices.get(agent, "cpu") != "cpu"),
         money=by_hour + by_energy if prices.currency else None,
         currency=prices.currency,
     )

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from coordinator.core.plans import said_by
-from coordinator.core.state import JobState, RoundRecord
+from coordinator.core.state import JobState
 from coordinator.export import export_peft
 from coordinator.folding import load_model
 from coordinator.lineage import Card
+from coordinator.past import Past
 from coordinator.store import Version
-from coordinator.versions import ancestry, lineage
+from coordinator.versions import lineage
 from protocol.blobs import Blobs
 from protocol.malloc import give_back
 
 
-def export_version(
-    job: JobState, version: Version, rounds: Sequence[RoundRecord], blobs: Blobs, folder: Path, software: str
-) -> None:
+def export_version(job: JobState, version: Version, past: Past, blobs: Blobs, folder: Path, software: str) -> None:
     """Write one stored version as a PEFT directory.  Raises BadConfig when there is none."""
-    made, left = ancestry(job, rounds, version.version)
+    made, left = lineage(job, past, version.version)
     card = Card(
         job=job.spec.job.name,
         method=job.spec.job.method,
@@ -29,7 +27,7 @@ def export_version(
         adapter_sha256=version.master,
         license=job.spec.job.license,
         software=software,
-        rounds=lineage(made, rounds),
+        rounds=made,
         rollbacks=[
             f"version {back.version} is version {back.of} once more, {said_by(back.by, back.reason)}" for back in left
         ],

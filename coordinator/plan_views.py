@@ -6,14 +6,15 @@ a terminal, coordinator/plan_svg.py as a picture.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 
 from coordinator.core.choice import Choice, Prediction
 from coordinator.core.plans import phase_text
 from coordinator.core.spec import JobSpec
-from coordinator.core.state import ENDED, JobState, Member, RoundPlan, RoundRecord
+from coordinator.core.state import ENDED, JobState, Member, RoundPlan, RoundRecord, ShareRecord
 from coordinator.heatmap import grid
 from coordinator.views import View
 
@@ -90,9 +91,27 @@ class PlanView(View, frozen=True, kw_only=True):
     agents: dict[str, AgentPlan] = {}
 
 
-def plan_view(job: JobState, plan: RoundPlan, rounds: Iterable[RoundRecord], now: float) -> PlanView:
-    """The plan of a job beside what came of it so far.  Cost: linear in shares of all rounds and in matrices."""
-    trained = [record for record in rounds if record.purpose == "train"]
+class Trained(NamedTuple):
+    """What came of a job's plans in the rounds of training that ended: every agent's shares, and under-training over all."""
+
+    shares: Mapping[str, Sequence[PastShare]] = {}
+    under_training: float | None = None
+
+
+def trained(rounds: Iterable[RoundRecord]) -> Trained:
+    """The same from the records.  Cost: linear in their shares; holds one record at a time."""
+    shares: dict[str, list[PastShare]] = {}
+    samples: dict[int, tuple[int, int]] = {}
+    for record in rounds:
+        if record.purpose == "train":
+            samples[record.round] = _samples(record)
+            for agent, share in record.shares.items():
+                shares.setdefault(agent, []).append(_past_share(record, share))
+    return Trained(shares, under_training(samples.values()))
+
+
+def plan_view(job: JobState, plan: RoundPlan, so_far: Trained, now: float) -> PlanView:
+    """The plan of a job beside what came of it so far.  Cost: linear in agents and in matrices."""
     expected = [choice.predicted for choice in plan.choices.values() if choice.predicted]
     agents = sorted(plan.choices)
     found = grid(m.name for m in job.matrices)
@@ -111,7 +130,7 @@ def plan_view(job: JobState, plan: RoundPlan, rounds: Iterable[RoundRecord], now
         train_s=plan.train_s if plan.train_s is not None else job.spec.round.train_s,
         transfer_s=max((p.down_s + p.up_s for p in expected), default=0.0),
         round_s=max((p.down_s + p.train_s + p.up_s for p in expected), default=0.0),
-        under_training=fleet_under_training(trained),
+        under_training=so_far.under_training,
         job_s=max(0.0, (job.ended_at or now) - job.submitted_at),
         left_out=plan.left_out,
         notes=plan.notes,
@@ -119,7 +138,10 @@ def plan_view(job: JobState, plan: RoundPlan, rounds: Iterable[RoundRecord], now
         layers=found.layers,
         kinds=found.kinds,
         places=[places[m.name] for m in job.matrices],
-        agents={a: _agent(a, plan.choices[a], job.spec, job.members.get(a, Member()), trained) for a in agents},
+        agents={
+            a: _agent(a, plan.choices[a], job.spec, job.members.get(a, Member()), so_far.shares.get(a, ()))
+            for a in agents
+        },
     )
 
 
@@ -132,7 +154,7 @@ def unplanned_text(job: JobState) -> str:
 
 
 def under_training(shares: Iterable[tuple[int, int]]) -> float | None:
-    """1 - processed / planned, from the (processed, planned) samples of shares; None where nothing was planned."""
+    """1 - processed / planned, from (processed, planned) samples; None where nothing was planned."""
     counted = [(done, wanted) for done, wanted in shares if wanted > 0]
     planned = sum(wanted for _, wanted in counted)
     return max(0.0, 1.0 - sum(done for done, _ in counted) / planned) if planned else None
@@ -140,16 +162,21 @@ def under_training(shares: Iterable[tuple[int, int]]) -> float | None:
 
 def round_under_training(record: RoundRecord) -> float | None:
     """Of one round of training; None where nothing was planned."""
-    return under_training((share.samples, share.planned_samples) for share in record.shares.values())
+    return under_training([_samples(record)])
 
 
 def fleet_under_training(rounds: Iterable[RoundRecord]) -> float | None:
     """Of all rounds of training.  A failed attempt does not count beside the next: that starts with its finished shares."""
-    last = {record.round: record for record in rounds if record.purpose == "train"}
-    return under_training((s.samples, s.planned_samples) for record in last.values() for s in record.shares.values())
+    return under_training({r.round: _samples(r) for r in rounds if r.purpose == "train"}.values())
 
 
-def _agent(agent: str, choice: Choice, spec: JobSpec, member: Member, rounds: list[RoundRecord]) -> AgentPlan:
+def _samples(record: RoundRecord) -> tuple[int, int]:
+    """(processed, planned), of shares for which any were planned."""
+    planned = [share for share in record.shares.values() if share.planned_samples > 0]
+    return sum(share.samples for share in planned), sum(share.planned_samples for share in planned)
+
+
+def _agent(agent: str, choice: Choice, spec: JobSpec, member: Member, past: Sequence[PastShare]) -> AgentPlan:
     pins, found = spec.pins(agent), member.calibrated
     return AgentPlan(
         choice=choice,
@@ -161,21 +188,21 @@ def _agent(agent: str, choice: Choice, spec: JobSpec, member: Member, rounds: li
         time_factor=member.time_factor,
         memory_factor=member.memory_factor,
         oom_bytes=member.oom_bytes,
-        past=[
-            PastShare(
-                round=record.round,
-                attempt=record.attempt,
-                state=share.state,
-                bits=share.bits,
-                rank_sum=share.rank_sum,
-                samples=share.samples,
-                planned_samples=share.planned_samples,
-                train_s=share.train_s,
-                step_s=share.step_s,
-                peak_bytes=share.peak_bytes,
-                predicted=share.predicted,
-            )
-            for record in rounds
-            if (share := record.shares.get(agent))
-        ],
+        past=list(past),
+    )
+
+
+def _past_share(record: RoundRecord, share: ShareRecord) -> PastShare:
+    return PastShare(
+        round=record.round,
+        attempt=record.attempt,
+        state=share.state,
+        bits=share.bits,
+        rank_sum=share.rank_sum,
+        samples=share.samples,
+        planned_samples=share.planned_samples,
+        train_s=share.train_s,
+        step_s=share.step_s,
+        peak_bytes=share.peak_bytes,
+        predicted=share.predicted,
     )

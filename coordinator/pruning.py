@@ -27,7 +27,6 @@ from coordinator.config import Keep
 from coordinator.core.state import ENDED, FleetState
 from coordinator.recovery import references
 from coordinator.store import Frame, Store, Version
-from coordinator.versions import held_out_loss
 from protocol.blobs import Blobs
 
 MIN_FRAMES: Final = 2
@@ -222,8 +221,8 @@ def take_inventory(store: Store, blobs: Blobs) -> Inventory:
 
 
 def _best(store: Store, job: str, versions: list[Version]) -> int | None:
-    rounds = store.rounds(job)
-    losses = {v.version: held_out_loss(rounds, v.version) for v in versions if v.job == job}
+    past = store.past(job)
+    losses = {v.version: past.loss(v.version) for v in versions if v.job == job}
     measured = {version: loss for version, loss in losses.items() if loss is not None}
     return min(measured, key=lambda version: (measured[version], -version), default=None)
 

@@ -32,6 +32,7 @@ from coordinator.core.events import Happened
 from coordinator.core.state import Contribution, JobDetail, RoundRecord
 from coordinator.migrations import NEWEST, drop_copies
 from coordinator.opening import DAMAGED, is_alone, open_database
+from coordinator.past import Past, extended
 from protocol import SOFTWARE
 from protocol.errors import BadConfig, Unavailable
 from protocol.messages import Blob
@@ -44,6 +45,10 @@ _VACUUM_PAGES: Final = 256
 _INDEX_BYTES: Final = 2**20
 """More than the index has that readers share."""
 _PAGE_ROWS: Final = 1000
+_PAGE_ROUNDS: Final = 4
+"""A record of a thousand agents has a third of a megabyte, and is five times that as objects."""
+_N_PASTS: Final = 4
+"""Jobs whose past is held: those that run at once, and one that is looked at."""
 _BUSY_MS: Final = 5000
 
 
@@ -115,6 +120,7 @@ class Store:
         self.path = str(path)
         self._lock = threading.Lock()
         self._poison: set[int] = set()
+        self._pasts: dict[str, Past] = {}
         with self._disk():
             self._db = open_database(self.path, read_only=read_only)
 
@@ -232,10 +238,20 @@ class Store:
                 (job, record.round, record.attempt, record.purpose, _encode(record)),
             )
 
-    def rounds(self, job: str) -> list[RoundRecord]:
-        """All ended rounds of a job, failed attempts included, in order."""
-        rows = self._rows("SELECT record FROM rounds WHERE job = ? ORDER BY round, attempt", job)
-        return [_record(row[0]) for row in rows]
+    def rounds(self, job: str, skip: int = 0, end: int = 2**62) -> Iterator[RoundRecord]:
+        """Ended rounds of a job, failed attempts included, in order, from number `skip` to below `end`; a few in memory at a time."""
+        query = "SELECT record FROM rounds WHERE job = ? ORDER BY round, attempt LIMIT ? OFFSET ?"
+        while skip < end and (rows := self._rows(query, job, min(_PAGE_ROUNDS, end - skip), skip)):
+            skip += len(rows)
+            yield from (_record(row[0]) for row in rows)
+
+    def past(self, job: str) -> Past:
+        """What the ended rounds of a job amount to.  Cost: reading those that ended since somebody last asked."""
+        known = self._pasts.get(job, Past())
+        found = extended(known, self.rounds(job, known.n_rounds))
+        others = [(name, past) for name, past in self._pasts.items() if name != job]
+        self._pasts = dict([*others[1 - _N_PASTS :], (job, found)])  # threads that meet here have each a true one
+        return found
 
     def add_version(self, version: Version) -> None:
         """Write down a version; writing it again changes nothing."""

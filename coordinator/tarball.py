@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import tarfile
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from coordinator.core.state import JobState, RoundRecord
+from coordinator.core.state import JobState
 from coordinator.exporting import export_version
+from coordinator.past import Past
 from coordinator.store import Version
 from protocol.blobs import Blobs
 
 
-def adapter_tar(
-    job: JobState, version: Version, rounds: Sequence[RoundRecord], blobs: Blobs, scratch: Path, software: str
-) -> IO[bytes]:
+def adapter_tar(job: JobState, version: Version, past: Past, blobs: Blobs, scratch: Path, software: str) -> IO[bytes]:
     """An open, nameless file that holds the tar, at its start.  Blocking; takes twice the adapter's size in `scratch`.
 
     Raises BadConfig for an adapter that is empty, OSError when the disk refuses or the version's file is gone.
     """
     with tempfile.TemporaryDirectory(prefix="export-", dir=scratch) as temporary:
         folder = Path(temporary) / "adapter"
-        export_version(job, version, rounds, blobs, folder, software)
+        export_version(job, version, past, blobs, folder, software)
         file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - the caller closes it
         try:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from coordinator.core.state import JobState, Rollback, RoundRecord
+from coordinator.core.state import JobState, Rollback
 from coordinator.lineage import RoundEntry
-from coordinator.past import Evaluations, mean_loss
+from coordinator.past import Losses, Past, mean
 from protocol.errors import BadConfig
 
 if TYPE_CHECKING:
@@ -50,54 +50,28 @@ def pick(versions: Sequence[Version], wanted: int | None) -> Version:
     raise BadConfig(f"no version {wanted}: there are {versions[0].version} to {versions[-1].version}")
 
 
-def held_out_loss(rounds: Sequence[RoundRecord], version: int) -> float | None:
-    """Mean over agents of the held-out loss of a version, as they measured it; None when nobody did."""
-    losses = [
-        share.evaluated.loss
-        for record in rounds
-        for share in record.shares.values()
-        if share.evaluated and share.evaluated.version == version
-    ]
-    return sum(losses) / len(losses) if losses else None
-
-
-def ancestry(job: JobState, rounds: Sequence[RoundRecord], newest: int) -> tuple[list[RoundRecord], list[Rollback]]:
-    """The rounds that version `newest` was made in, oldest first, and the rollbacks between them.
+def lineage(job: JobState, past: Past, newest: int) -> tuple[list[RoundEntry], list[Rollback]]:
+    """The aggregations that version `newest` was made by, oldest first, and the rollbacks between them.
 
     Rounds whose versions a rollback left behind are no part of it.
     """
-    folds = {record.version + 1: record for record in rounds if record.outcome == "aggregated"}
     backs = {rollback.version: rollback for rollback in job.rollbacks}
-    version = max((v for v in folds.keys() | backs.keys() if v <= newest), default=0)
-    made: list[RoundRecord] = []
+    version = max((v for v in past.folds.keys() | backs.keys() if v <= newest), default=0)
+    made: list[RoundEntry] = []
     left: list[Rollback] = []
-    while version in folds or version in backs:
+    while version in past.folds or version in backs:
         if version in backs:
-            left.insert(0, backs[version])
+            left.append(backs[version])
             version = backs[version].of
         else:
-            made.insert(0, folds[version])
-            version = folds[version].version
-    return made, left
+            fold = past.folds[version]
+            agents = list(fold.agents)
+            made.append(RoundEntry(round=fold.round, agents=agents, samples=fold.samples, loss=past.loss(version)))
+            version = fold.start
+    return made[::-1], left[::-1]
 
 
-def lineage(made: Sequence[RoundRecord], rounds: Sequence[RoundRecord]) -> list[RoundEntry]:
-    """One entry per aggregation in `made`: who took part, with how many samples, the held-out loss of its result.
-
-    `rounds` are all that ended: a version is measured in the round after the one that made it.
-    """
-    return [
-        RoundEntry(
-            round=record.round,
-            agents=[agent for agent, share in record.shares.items() if share.state == "DONE"],
-            samples=sum(share.samples for share in record.shares.values() if share.state == "DONE"),
-            loss=held_out_loss(rounds, record.version + 1),
-        )
-        for record in made
-    ]
-
-
-def version_views(job: JobState, versions: Iterable[Version], measured: Evaluations) -> list[VersionView]:
+def version_views(job: JobState, versions: Iterable[Version], losses: Losses) -> list[VersionView]:
     """Stored versions with their mean held-out loss, oldest first."""
     back = {rollback.version: rollback.of for rollback in job.rollbacks}
     return [
@@ -109,8 +83,8 @@ def version_views(job: JobState, versions: Iterable[Version], measured: Evaluati
             size_bytes=v.model.size,
             rank=v.model.levels[-1].rank if v.model.levels else 0,
             dropped_ratio=v.dropped_ratio,
-            loss=mean_loss(measured.get(v.version, {})),
-            n_evaluated=len(measured.get(v.version, {})),
+            loss=mean(losses.get(v.version, {})),
+            n_evaluated=len(losses.get(v.version, {})),
             kept=v.kept,
             of=back.get(v.version, 0),
         )

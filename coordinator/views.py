@@ -28,7 +28,7 @@ from coordinator.core.state import (
     Share,
 )
 from coordinator.cost import CostView
-from coordinator.past import Evaluations, Past, evaluations, with_round
+from coordinator.past import Evaluations, Past, losses_with
 from coordinator.presence import Presence
 from coordinator.versions import VersionView, version_views
 from protocol.bus import parse_url
@@ -281,15 +281,16 @@ def job_short(job: JobState) -> JobShort:
 def job_view(
     job: JobState,
     past: Past,
+    measured: Evaluations,
     versions: Iterable[Version],
     *,
+    cost: CostView,
     presence: Presence,
     remaining: Remaining,
     now: float,
     skip: int = 0,
 ) -> JobView:
-    """A whole job with its history, but for the first `skip` ended rounds.  Cost: linear in shares of the others."""
-    measured, rest = with_round(past.evaluations, job.round), past.rounds[skip:]
+    """A whole job, its history left to the caller: that of a large fleet is better told while it is read."""
     return JobView(
         now=now,
         name=job.spec.job.name,
@@ -313,12 +314,11 @@ def job_view(
         n_matrices=len(job.matrices),
         members={agent: _member(member) for agent, member in sorted(job.members.items())},
         current=_round(job, job.round, presence, remaining, now) if job.round else None,
-        history=rest,
-        evaluations=with_round(evaluations(rest), job.round) if skip else measured,
-        versions=version_views(job, versions, measured),
+        evaluations=measured,
+        versions=version_views(job, versions, losses_with(past, job.round)),
         has_plan=job.plan is not None,
-        n_skipped=len(past.rounds) - len(rest),
-        cost=past.cost,
+        n_skipped=skip,
+        cost=cost,
     )
 
 

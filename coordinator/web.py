@@ -23,10 +23,10 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 from starlette.applications import Starlette
@@ -41,13 +41,14 @@ from coordinator.access import HEALTH, TokenMiddleware, is_loopback, read_token
 from coordinator.audit import LOCAL
 from coordinator.audited import WHAT, AuditMiddleware
 from coordinator.config import Web
-from coordinator.core.state import ENDED, JobState, with_detail
+from coordinator.core.state import ENDED, JobState, RoundRecord, with_detail
+from coordinator.cost import cost_so_far
 from coordinator.feed import Feed
 from coordinator.https import Server
 from coordinator.openapi import document
 from coordinator.page import page_routes
-from coordinator.past import Past, look_back, with_round
-from coordinator.plan_views import plan_view, unplanned_text
+from coordinator.past import Past, evaluations, losses_with, with_round
+from coordinator.plan_views import plan_view, trained, unplanned_text
 from coordinator.store import Version
 from coordinator.submission import Taken, parse_job, submit
 from coordinator.tarball import adapter_tar
@@ -61,6 +62,8 @@ from protocol.metrics import CONTENT_TYPE, PATH, exposition
 
 if TYPE_CHECKING:
     from coordinator.daemon import Coordinator
+
+T = TypeVar("T")
 
 READ_BYTES: Final = 2**18
 READ_TRIES: Final = 3
@@ -159,30 +162,33 @@ class Api:
 
     async def job(self, request: Request) -> Response:
         """See views.JobView; of a long history only what comes after the first `skip` rounds."""
-        skip = asked.number(request, "skip") or 0
-        job, past, versions = await self._told(request)
+        wanted = asked.number(request, "skip") or 0
+        job, past, versions, measured = await self._told(request, evaluations, wanted)
         view = views.job_view(
             job,
             past,
+            with_round(measured, job.round),
             versions,
+            cost=cost_so_far(past.spent, self._devices(), self._coordinator.config.prices),
             presence=self._coordinator.presence,
             remaining=self._coordinator.exchange.remaining,
             now=self._coordinator.clock(),
-            skip=skip,
+            skip=min(wanted, past.n_rounds),
         )
-        return answer(view)
+        rest = self._coordinator.store.rounds(view.name, view.n_skipped, past.n_rounds)
+        return StreamingResponse(_with_history(view, rest), media_type="application/json")
 
     async def versions(self, request: Request) -> Response:
         """A list of versions.VersionView, oldest first."""
-        job, past, versions = await self._told(request)
-        return answer(version_views(job, versions, with_round(past.evaluations, job.round)))
+        job, past, versions, _ = await self._told(request, lambda _: None)
+        return answer(version_views(job, versions, losses_with(past, job.round)))
 
     async def plan(self, request: Request) -> Response:
         """See plan_views.PlanView."""
-        job, past, _ = await self._told(request)
+        job, _, _, so_far = await self._told(request, trained)
         if job.plan is None:
             raise HTTPException(404, unplanned_text(job))
-        return answer(plan_view(job, job.plan, past.rounds, self._coordinator.clock()))
+        return answer(plan_view(job, job.plan, so_far, self._coordinator.clock()))
 
     async def submit(self, request: Request) -> Response:
         """Take a job file; durable when this answers."""
@@ -231,10 +237,10 @@ class Api:
             version = pick(store.versions(name), wanted)
         except BadConfig as error:
             raise HTTPException(404, str(error)) from None
-        rounds = await asyncio.to_thread(store.rounds, name)
+        past = await asyncio.to_thread(store.past, name)
         async with self._exporting:  # each takes the whole adapter's memory
             tar = await asyncio.to_thread(
-                adapter_tar, job, version, rounds, self._coordinator.blobs, self._coordinator.folder, SOFTWARE
+                adapter_tar, job, version, past, self._coordinator.blobs, self._coordinator.folder, SOFTWARE
             )
         headers = {
             "content-length": str(os.fstat(tar.fileno()).st_size),
@@ -248,25 +254,28 @@ class Api:
         reports = {agent.id: agent.report for agent in self._coordinator.fleet.state.agents.values()}
         return {id_: report.allowance.device for id_, report in reports.items() if report and report.allowance}
 
-    async def _told(self, request: Request) -> tuple[JobState, Past, list[Version]]:
-        """A job, its ended rounds and its versions as of one moment: a job that moves on meanwhile is read again.
+    async def _told(
+        self, request: Request, look: Callable[[Iterable[RoundRecord]], T], skip: int = 0
+    ) -> tuple[JobState, Past, list[Version], T]:
+        """A job, its past, its versions and a look at its ended rounds but for the first `skip`, as of one moment.
 
-        One that always does is told as it is, a round ahead of its history; the next reading has that too.
+        A job that moves on meanwhile is read again.  One that always does is told as it is, a round ahead of its history; the
+        next reading has that too.
         """
         store = self._coordinator.store
         n_tries = 0
         while True:
             job = self._job(request)
             name, moment = job.spec.job.name, (job.phase, job.round_number, job.attempt)
-            devices, prices = self._devices(), self._coordinator.config.prices
-            past = await asyncio.to_thread(lambda: look_back(store.rounds(name), devices, prices))  # noqa: B023 - awaited here
+            past = await asyncio.to_thread(store.past, name)
+            seen = await asyncio.to_thread(look, store.rounds(name, skip, past.n_rounds))
             versions = await asyncio.to_thread(store.versions, name)
             detail = await asyncio.to_thread(store.detail, name) if job.phase in ENDED else None
             job = self._job(request)
             n_tries += 1
             has_moved = moment != (job.phase, job.round_number, job.attempt)
             if not has_moved or (n_tries >= READ_TRIES and job.phase not in ENDED):
-                return with_detail(job, detail), past, versions
+                return with_detail(job, detail), past, versions, seen
 
     def _job(self, request: Request) -> JobState:
         name = str(request.path_params["name"])
@@ -274,6 +283,17 @@ class Api:
         if job is None:
             raise HTTPException(404, f"there is no job {name[:80]!r}: /v1/jobs (or fedpipe jobs) lists them")
         return job
+
+
+def _with_history(view: views.JobView, records: Iterable[RoundRecord]) -> Iterator[bytes]:
+    """A view that has no history as JSON, with these records for one: each is read when it is sent."""
+    body = msgspec.json.encode(view)
+    empty = b'"history":['  # no string holds it: quotation marks inside of one are escaped
+    head, _, tail = body.partition(empty)
+    yield head + empty
+    for n, record in enumerate(records):
+        yield b"," * (n > 0) + msgspec.json.encode(record)
+    yield tail
 
 
 def _blocks(file: IO[bytes]) -> Iterator[bytes]:

@@ -192,9 +192,9 @@ class Work:
         """Write a job's newest version as a PEFT directory; a job without any leaves none."""
         name, done, told = job.spec.job.name, 0, False
         while (versions := self._store.versions(name)) and (newest := pick(versions, None)).version != done:
-            rounds = self._store.rounds(name)
             try:
-                await asyncio.to_thread(export_version, job, newest, rounds, self._blobs, folder, SOFTWARE)
+                past = await asyncio.to_thread(self._store.past, name)
+                await asyncio.to_thread(export_version, job, newest, past, self._blobs, folder, SOFTWARE)
             except (OutsideFault, OSError) as error:
                 if not told:
                     logger.error("not exported: %s", error, extra={"action": "export_failed", "job": name})

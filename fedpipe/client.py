@@ -21,6 +21,7 @@ import msgspec
 
 from coordinator.commands import PauseAsked, RollbackAsked
 from coordinator.feed import STILL_HERE_S, AnyNews
+from coordinator.past import joined
 from coordinator.plan_views import PlanView
 from coordinator.trust.desk import EnrolmentView, Reason, TokenAsked, TokenMade
 from coordinator.versions import VersionView
@@ -97,9 +98,23 @@ class Coordinator:
         """All jobs, oldest first."""
         return self._get("/v1/jobs", list[JobShort])
 
-    def job(self, name: str) -> JobView:
-        """One job with its history."""
-        return self._get(f"/v1/jobs/{_part(name)}", JobView)
+    def job(self, name: str, known: JobView | None = None) -> JobView:
+        """One job with its history, of which only what an earlier view lacks is fetched."""
+        n_known = len(known.history) if known else 0
+        view = self._get(f"/v1/jobs/{_part(name)}?skip={n_known}", JobView)
+        if known is None or not n_known:
+            return view
+        if (view.n_skipped, view.submitted_at) != (
+            n_known,
+            known.submitted_at,
+        ):  # another coordinator's job of that name
+            return self.job(name)
+        return msgspec.structs.replace(
+            view,
+            history=[*known.history, *view.history],
+            evaluations=joined(known.evaluations, view.evaluations),
+            n_skipped=0,
+        )
 
     def versions(self, name: str) -> list[VersionView]:
         """All versions of a job's adapter, oldest first."""

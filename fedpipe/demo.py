@@ -185,6 +185,7 @@ async def _watch(
 ) -> tuple[JobView, FleetView]:
     """Show the job until it ends.  A coordinator that is away for a moment is waited for.  Raises Unavailable."""
     live = Live(console=console, refresh_per_second=4, transient=False)
+    known: JobView | None = None
     n_told, seen_at = 0, time.monotonic()
     show = console.is_terminal and not quiet
     with live if show else contextlib.nullcontext():
@@ -192,13 +193,13 @@ async def _watch(
             if cluster.fault:
                 raise cluster.fault
             try:
-                job, fleet = await asyncio.to_thread(_look, client, spec.job.name)
+                job, fleet = await asyncio.to_thread(_look, client, spec.job.name, known)
             except Unavailable:
                 if time.monotonic() - seen_at > LOST_S:
                     raise
                 await asyncio.sleep(LOOK_S)
                 continue
-            seen_at = time.monotonic()
+            seen_at, known = time.monotonic(), job
             if show:
                 live.update(render(job, fleet, fleet.now))
             else:
@@ -208,8 +209,8 @@ async def _watch(
             await asyncio.sleep(LOOK_S)
 
 
-def _look(client: Coordinator, name: str) -> tuple[JobView, FleetView]:
-    return client.job(name), client.fleet(brief=True)
+def _look(client: Coordinator, name: str, known: JobView | None) -> tuple[JobView, FleetView]:
+    return client.job(name, known), client.fleet(brief=True)
 
 
 def _tell(console: Console, job: JobView, n_told: int) -> int:

@@ -41,17 +41,17 @@ def _picture(coordinator: Coordinator, name: str, console: Console) -> JobView:
             live.update(picture, refresh=True)
             if view.phase in ENDED:
                 return view
-            while not (found := _again(coordinator, name)):
+            while not (found := _again(coordinator, view)):
                 lost = Text("\nthe coordinator does not answer; trying again", style="bold red")
                 live.update(Group(picture, lost), refresh=True)
             view, fleet = found
 
 
-def _again(coordinator: Coordinator, name: str) -> tuple[JobView, FleetView] | None:
+def _again(coordinator: Coordinator, known: JobView) -> tuple[JobView, FleetView] | None:
     """The next reading after a moment, None when the coordinator does not answer."""
     time.sleep(EVERY_S)
     try:
-        return coordinator.job(name), coordinator.fleet(brief=True)
+        return coordinator.job(known.name, known), coordinator.fleet(brief=True)
     except Unavailable:
         return None
 
@@ -65,7 +65,7 @@ def _lines(coordinator: Coordinator, name: str, console: Console) -> JobView:
             console.print(Text(plain(f"{name}: {said}")), soft_wrap=True)
         if view.phase in ENDED:
             return view
-        if found := _again(coordinator, name):
+        if found := _again(coordinator, view):
             view = found[0]
 
 

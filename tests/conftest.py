@@ -24,7 +24,7 @@ from coordinator.core.spec import JobSpec
 from coordinator.core.state import FleetState, JobState, Member, Phase, RoundPlan, RoundRecord, ShareRecord
 from coordinator.cost import FREE, Prices
 from coordinator.daemon import Coordinator
-from coordinator.plan_views import PlanView, plan_view
+from coordinator.plan_views import PlanView, plan_view, trained
 from fedpipe.broker import embedded_command, free_port, mosquitto_command
 from protocol import codec
 from protocol.adapters import Adapter, Factors
@@ -371,6 +371,6 @@ def planned() -> Callable[..., PlanView]:
                 "berta": Member(uncalibrated="no time left"),
             },
         )
-        return msgspec.structs.replace(plan_view(state, decided, [record], 1000.0), **changed)
+        return msgspec.structs.replace(plan_view(state, decided, trained([record]), 1000.0), **changed)
 
     return plan

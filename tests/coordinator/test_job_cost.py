@@ -11,8 +11,9 @@ from coordinator.config import CoordinatorConfig
 from coordinator.core import actions as act
 from coordinator.core import events as ev
 from coordinator.core.state import RoundRecord, ShareRecord
-from coordinator.cost import CostView, Price, Prices, cost_so_far, spent_text, worked
+from coordinator.cost import FREE, CostView, Price, Prices, cost_so_far, spent_text, worked
 from coordinator.intake import to_event
+from coordinator.past import Past, extended
 from coordinator.trackers import points_of
 from protocol.codec import decode, encode
 from protocol.daemon import to_struct
@@ -40,13 +41,17 @@ def record(attempt: int, *, opened_at: float = 0.0, **shares: ShareRecord) -> Ro
     )
 
 
+def cost_of(records: list[RoundRecord], devices: dict[str, str], prices: Prices = FREE) -> CostView:
+    return cost_so_far(extended(Past(), records).spent, devices, prices)
+
+
 def test_a_share_that_a_failed_attempt_left_to_the_next_one_costs_once() -> None:
     kept = ShareRecord(
         state="DONE", samples=8, train_s=10.0, bytes_up=100, bytes_down=7, assigned_at=1.0, energy=MEASURED
     )
     lost = ShareRecord(state="FAILED", train_s=0.0, assigned_at=1.0)
     again = ShareRecord(state="DONE", samples=4, train_s=5.0, bytes_up=50, assigned_at=12.0)
-    cost = cost_so_far([record(0, a=kept, b=lost), record(1, a=kept, b=again)], {"a": "RTX 3090", "b": "cpu"})
+    cost = cost_of([record(0, a=kept, b=lost), record(1, a=kept, b=again)], {"a": "RTX 3090", "b": "cpu"})
     assert (cost.train_s, cost.gpu_s, cost.joules) == (15.0, 10.0, 7.2e6)
     assert (cost.samples, cost.bytes_up, cost.bytes_down) == (12, 150, 7)
     assert (cost.n_shares, cost.n_failed) == (3, 1)
@@ -73,7 +78,7 @@ def test_hours_and_energy_are_paid_at_each_agents_own_price() -> None:
         "d": ShareRecord(state="TIMED_OUT", wall_s=3600.0),
     }
     prices = Prices(currency="EUR", per_kwh=0.3, agents={"c": Price(per_hour=2.5)})
-    cost = cost_so_far([record(0, **shares)], {}, prices)
+    cost = cost_of([record(0, **shares)], {}, prices)
     assert cost.work_s == 3 * 3600.0, "d never took its plan"
     assert (cost.joules, cost.declared_j, cost.unmetered_s) == (9e6, 1.8e6, 3600.0)
     assert cost.money == pytest.approx(2 * 0.3 + 0.5 * 0.3 + 2.5)

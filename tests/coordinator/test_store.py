@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import signal
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from coordinator.core import events as ev
 from coordinator.core.state import RoundRecord, ShareRecord
+from coordinator.past import Past, extended
 from coordinator.store import SCHEMA_VERSION, Entry, Store, Version
 from protocol import SOFTWARE
 from protocol.errors import BadConfig, Unavailable
@@ -76,7 +78,7 @@ def test_an_empty_store_knows_nothing(store: Store) -> None:
     assert entries(store) == []
     assert store.last_at() == 0.0
     assert store.load_snapshot() is None
-    assert store.rounds("j") == []
+    assert list(store.rounds("j")) == []
     assert store.versions("j") == []
 
 
@@ -174,7 +176,7 @@ def test_rounds_are_written_once_and_failed_attempts_stay(store: Store) -> None:
     for one in said:
         store.record("j", one)
     store.record("k", record(1))
-    rounds = store.rounds("j")
+    rounds = list(store.rounds("j"))
     assert [(r.round, r.attempt, r.purpose) for r in rounds] == [
         (1, 0, "train"),
         (1, 1, "train"),
@@ -182,7 +184,40 @@ def test_rounds_are_written_once_and_failed_attempts_stay(store: Store) -> None:
         (3, 0, "evaluate"),
     ]
     assert rounds[0] == said[2]
-    assert len(store.rounds("k")) == 1
+    assert len(list(store.rounds("k"))) == 1
+
+
+def test_any_stretch_of_a_long_history_can_be_read(store: Store) -> None:
+    said = [record(number) for number in range(1, 12)]
+    for one in said:
+        store.record("j", one)
+    for skip, end in itertools.product(range(13), range(13)):
+        assert list(store.rounds("j", skip, end)) == said[skip:end]
+    assert list(store.rounds("j", 3)) == said[3:]
+
+
+def test_the_past_is_read_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    rounds = Store.rounds
+
+    def watched(self: Store, job: str, skip: int = 0, end: int = 2**62) -> Iterator[RoundRecord]:
+        for one in rounds(self, job, skip, end):
+            read.append((job, one.round))
+            yield one
+
+    monkeypatch.setattr(Store, "rounds", watched)
+    said = [record(number) for number in range(1, 7)]
+    for one in said[:5]:
+        store.record("j", one)
+    for name in ("j", "j", "k", "j"):
+        assert store.past(name) == extended(Past(), said[:5] if name == "j" else [])
+    store.record("j", said[5])
+    assert store.past("j") == extended(Past(), said)
+    assert read == [("j", number) for number in range(1, 7)]
+    for other in "klmn":
+        store.past(other)
+    assert store.past("j") == extended(Past(), said)
+    assert len(read) == 12, "no more than a few jobs are held"
 
 
 def test_versions_are_written_once(store: Store) -> None:
@@ -234,7 +269,7 @@ def test_many_threads_lose_nothing(store: Store) -> None:
         seqs = sorted(seq for found in pool.map(work, range(4)) for seq in found)
     assert [e.seq for e in entries(store)] == seqs
     assert len(set(seqs)) == 80
-    assert all(len(store.rounds(f"w{worker}")) == 10 for worker in range(4))
+    assert all(len(list(store.rounds(f"w{worker}"))) == 10 for worker in range(4))
 
 
 # ------------------------------------------------------------------------------------------------------------ on disk
@@ -252,7 +287,7 @@ def test_everything_is_there_after_reopening(path: Path) -> None:
         again = Store(path)
         assert [e.seq for e in entries(again)] == seqs[1:]
         assert again.load_snapshot() == (seqs[1], b"state")
-        assert again.rounds("j") == [record(1)]
+        assert list(again.rounds("j")) == [record(1)]
         assert again.versions("j") == [version(1)]
         assert again.last_at() == T0
         again.close()
@@ -329,7 +364,7 @@ def test_a_full_disk_is_said_clearly_and_the_store_goes_on_afterwards(path: Path
                 WRITES[what](store)
     assert [e.seq for e in entries(store)] == kept, "nothing is half written"
     assert store.load_snapshot() is None
-    assert store.rounds("j") == store.versions("j") == []
+    assert list(store.rounds("j")) == store.versions("j") == []
     kept += store.append([(T0, joined(2))])
     WRITES[what](store)
     store.close()

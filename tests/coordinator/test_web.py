@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 from safetensors.numpy import load
@@ -27,6 +28,7 @@ from coordinator.daemon import Coordinator
 from coordinator.presence import Presence
 from coordinator.views import agent_views
 from fedpipe.broker import free_port
+from fedpipe.client import Coordinator as Client
 from protocol.errors import BadConfig, Unavailable
 from protocol.frames import encode_frame
 from protocol.memory_bus import MemoryBroker
@@ -179,6 +181,39 @@ def test_a_finished_job_tells_its_history(served: Served, http: httpx.Client) ->
     ]
 
 
+def test_a_history_is_told_from_any_round_on(served: Served, http: httpx.Client) -> None:
+    finished(served, http)
+    whole = http.get("/v1/jobs/j").json()
+    assert [r["round"] for r in whole["history"]] == [1, 2, 3]
+    assert [whole["history"][1]["shares"][a]["state"] for a in "ab"] == ["DONE", "DONE"]
+    for skip in (1, 2, 3, 99):
+        rest = http.get(f"/v1/jobs/j?skip={skip}").json()
+        assert rest["n_skipped"] == min(skip, 3)
+        assert rest["history"] == whole["history"][skip:]
+        # A round measures the version it starts from.
+        assert rest["evaluations"] == {v: by for v, by in whole["evaluations"].items() if int(v) >= skip}
+        told = {key: value for key, value in rest.items() if key not in {"n_skipped", "history", "evaluations", "now"}}
+        assert told == {key: whole[key] for key in told}
+
+
+def test_a_job_that_is_looked_at_again_is_read_on(served: Served, http: httpx.Client) -> None:
+    started(served, http)
+    with Client(served.url) as client:
+        views = [client.job("j")]
+        for loss in (3.0, 2.0):
+            served.run_round("a", "b", loss=loss)
+            views.append(client.job("j", views[-1]))
+        served.finish("a", "b", loss=1.0)
+        views += [client.job("j", views[-1]), client.job("j", views[0])]
+        for view in views[-2:]:
+            assert msgspec.structs.replace(view, now=0.0) == msgspec.structs.replace(client.job("j"), now=0.0)
+        assert [len(view.history) for view in views] == [0, 1, 2, 3, 3]
+        other = msgspec.structs.replace(views[-1], submitted_at=1.0)
+        assert client.job("j", other).submitted_at == views[-1].submitted_at
+        longer = msgspec.structs.replace(views[-1], history=[*views[-1].history] * 2)
+        assert len(client.job("j", longer).history) == 3, "a history that is not this one's is dropped"
+
+
 def test_a_job_is_told_as_of_one_moment(served: Served, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     started(served, http)
     served.run_round("a", "b", loss=3.0)
@@ -191,9 +226,9 @@ def test_a_job_is_told_as_of_one_moment(served: Served, http: httpx.Client, monk
         def __getattr__(self, name: str) -> Any:
             return getattr(store, name)
 
-        def rounds(self, job: str) -> Any:
-            found = store.rounds(job)
-            n_read.append(len(found))
+        def past(self, job: str) -> Any:
+            found = store.past(job)
+            n_read.append(found.n_rounds)
             if len(n_read) == 1:  # the disk is read in a thread; meanwhile the job goes on, to its end
                 served.finish("a", "b", loss=1.0)
             return found
@@ -215,9 +250,9 @@ def test_a_job_that_never_stands_still_is_told_all_the_same(
         def __getattr__(self, name: str) -> Any:
             return getattr(store, name)
 
-        def rounds(self, name: str) -> Any:
+        def past(self, name: str) -> Any:
             job.attempt += 1
-            return store.rounds(name)
+            return store.past(name)
 
     monkeypatch.setattr(served.coordinator, "store", Restless())
     assert http.get("/v1/jobs/j").json()["attempt"] == web.READ_TRIES

@@ -25,7 +25,7 @@ async def test_a_job_from_the_first_survey_to_the_exported_adapter(stage: Stage)
     job = await stage.ended()
     assert (job.phase, job.version, job.reason) == (Phase.COMPLETED, 2, "")
     assert stage.outcomes() == GOOD
-    records = stage.coordinator.store.rounds("j")
+    records = list(stage.coordinator.store.rounds("j"))
     assert [sorted(r.shares) for r in records] == [["a", "bb", "ccc"]] * 3
     assert [r.shares["bb"].samples for r in records] == [6, 6, 0]
     assert [found.loss for r in records if (found := r.shares["bb"].evaluated)] == pytest.approx([3.2, 2.7, 2.2])
