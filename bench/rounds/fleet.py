@@ -113,15 +113,17 @@ class Fleet:
         """Process of every member by its name."""
         return {name: m.process.pid for name, m in self.cluster.members.items() if m.process is not None}
 
-    async def connected(self) -> None:
-        """Wait until every daemon has the broker."""
+    async def known(self) -> None:
+        """Wait until the coordinator has the broker, and every agent's report."""
         async with asyncio.timeout(LIMIT_S):
-            while self._n_connected() <= len(self.agents):  # noqa: ASYNC110 - a log wakes nobody; the coordinator is one more
-                await asyncio.sleep(0.1)
+            while not await asyncio.to_thread(self._are_known):  # noqa: ASYNC110 - nothing tells us
+                await asyncio.sleep(0.2)
 
-    def _n_connected(self) -> int:
-        logs = [m.log for name, m in self.cluster.members.items() if name != "broker"]
-        return sum(log.read_text(errors="replace").count(": connected") for log in logs if log.exists())
+    def _are_known(self) -> bool:
+        with Coordinator(f"http://127.0.0.1:{self.port}") as client:
+            fleet = client.fleet(brief=True)
+        n_known = sum(agent.online and agent.report is not None for agent in fleet.agents)
+        return fleet.broker.connected and n_known == len(self.agents)
 
     async def submit(self, name: str, method: str, n_rounds: int, *, max_rank: int = RANK) -> None:
         """Hand in a job that leaves the planner nothing to decide."""
@@ -129,23 +131,24 @@ class Fleet:
         with Coordinator(f"http://127.0.0.1:{self.port}") as client:
             await asyncio.to_thread(client.submit, text)
 
-    async def look(self, name: str) -> JobView | None:
-        """The job as the API shows it; None while the coordinator does not answer."""
+    async def look(self, name: str, known: JobView | None = None) -> JobView | None:
+        """The job as the API shows it, of which only what is not in an earlier view is told; None while nobody answers."""
         try:
             with Coordinator(f"http://127.0.0.1:{self.port}") as client:
-                return await asyncio.to_thread(client.job, name)
+                return await asyncio.to_thread(client.job, name, known)
         except Unavailable:
             return None
 
     async def ended(self, name: str, *, every_s: float = 1.0) -> JobView:
         """Wait for the end of a job, asking seldom: an answer costs the coordinator time that would be counted."""
+        known: JobView | None = None
         async with asyncio.timeout(LIMIT_S):
             while True:
-                found = await self.look(name)
-                if found is not None and found.phase in ENDED:
-                    if found.phase != "completed":
-                        raise Unavailable(f"job {name} ended as {found.phase}: {found.reason}")
-                    return found
+                known = await self.look(name, known) or known
+                if known is not None and known.phase in ENDED:
+                    if known.phase != "completed":
+                        raise Unavailable(f"job {name} ended as {known.phase}: {known.reason}")
+                    return known
                 await asyncio.sleep(every_s)
 
 
@@ -209,7 +212,7 @@ async def fleet(
             await cluster.add(file.stem, [sys.executable, "-m", "bench.rounds.many", str(file)])
         await port_open("127.0.0.1", port, 60, "the coordinator")
         found = Fleet(cluster, broker, port, agents)
-        await found.connected()
+        await found.known()
         yield found
     finally:
         await cluster.stop()

@@ -38,7 +38,8 @@ class Own(msgspec.Struct, frozen=True, kw_only=True):
 
     Fields: processor seconds of a round by kind of process, all agents (and all children) together: those of the job less
     those of a job of one round, which has the survey, the export and the round without a model; bytes through the broker in
-    both directions of a round; idle and peak RSS in bytes of coordinator, broker, the largest agent and its child.
+    both directions of a round; idle RSS in bytes, all agents known, and peak RSS of coordinator, broker, the largest agent and its
+    child.
     """
 
     n_agents: int
