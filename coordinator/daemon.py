@@ -268,11 +268,11 @@ class Coordinator:
 
     def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         """Start slow work; the same asked for again while it runs is under way already."""
-        if name in self._slow:
+        if (running := self._slow.get(name)) and not running.done():  # one that is done is told so a moment later
             work.close()
             return
-        self._slow[name] = self._group.create_task(work, name=name)
-        self._slow[name].add_done_callback(lambda _: self._slow.pop(name, None))
+        self._slow[name] = task = self._group.create_task(work, name=name)
+        task.add_done_callback(lambda done: self._slow.pop(name) if self._slow.get(name) is done else None)
 
     async def _plan(self, wish: act.MakePlan) -> None:
         await self.inbox.settle(await self.work.plan(wish, self.fleet.state))

@@ -181,10 +181,11 @@ class Store:
         """Keep the state after row `seq`.  Cost: that of its hash, and of writing what no earlier one has."""
         at = "(SELECT COALESCE(MAX(at), 0) FROM journal WHERE seq <= ?)"
         last = "SELECT half FROM snapshots WHERE seq < ? ORDER BY seq DESC LIMIT 1"
+        crc, found = _crc(seq, state), pieces.named(state)  # meanwhile others may write
         with self._disk(), self._transaction():
             before = self._db.execute(last, (seq,)).fetchone()
             half = 1 - before[0] if before else 0
-            row = (seq, seq, SOFTWARE, _crc(seq, state), half, pieces.save(self._db, half, state))
+            row = (seq, seq, SOFTWARE, crc, half, pieces.save(self._db, half, found))
             self._db.execute(f"INSERT OR REPLACE INTO snapshots VALUES (?, {at}, ?, ?, x'', ?, ?)", row)  # noqa: S608
 
     def snapshots(self, before: int = 2**62) -> Iterator[Snapshot]:
@@ -341,7 +342,8 @@ class Store:
                 self._db.execute("PRAGMA busy_timeout=0")  # who reads beside us need not hold up the journal
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
                 self._db.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
-            if free <= _VACUUM_PAGES or self._db.execute("PRAGMA auto_vacuum").fetchone()[0] != 2:
+                is_incremental = self._db.execute("PRAGMA auto_vacuum").fetchone()[0] == 2
+            if free <= _VACUUM_PAGES or not is_incremental:
                 return
 
     def drop_copies(self) -> None:

@@ -273,7 +273,8 @@ class Fleet:
 
 def encode_state(state: FleetState) -> bytes:
     """The snapshot's bytes (msgpack)."""
-    return msgspec.msgpack.encode(state)
+    jobs = {name: survey.packed(job) for name, job in state.jobs.items()}
+    return msgspec.msgpack.encode(msgspec.structs.replace(state, v=STATE_VERSION, jobs=jobs))
 
 
 def decode_state(data: bytes) -> FleetState:
@@ -283,7 +284,6 @@ def decode_state(data: bytes) -> FleetState:
         raise BadConfig("this state was written by a newer fedpipe: install that version again")
     state = msgspec.msgpack.decode(data, type=FleetState)
     for job in state.jobs.values():
-        for member in job.members.values():
-            member.surveyed = member.surveyed and survey.share_matrices(job, member.surveyed)
+        survey.unpack(job)
         job.plan = job.plan and msgspec.structs.replace(job.plan, choices=share_ranks(job.plan.choices))
     return state

@@ -11,7 +11,7 @@ from coordinator.core.choice import Choice, Prediction
 from coordinator.core.spec import JobSpec
 from protocol.messages import Blob, Calibrated, Energy, Evaluated, ExecState, Matrix, Offer, Report, Surveyed
 
-STATE_VERSION: Final = 1
+STATE_VERSION: Final = 2
 
 Purpose = Literal["survey", "train", "evaluate"]
 
@@ -229,6 +229,8 @@ class JobState(msgspec.Struct, kw_only=True):
     base_sha256: str = ""
     matrices: list[Matrix] = []
     members: dict[str, Member] = {}
+    alike: dict[str, str] = {}
+    """In a snapshot: agents whose matrices are those of another one's survey and stand there; see survey.packed."""
     round: Round | None = None
     planned: list[str] = []
     """Agents that the planner was last asked about."""

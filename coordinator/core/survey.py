@@ -85,8 +85,43 @@ def moved(job: Job, share: Share, event: ev.ShareMoved) -> None:
 def share_matrices(state: JobState, found: Surveyed) -> Surveyed:
     """The same, with another agent's list of matrices if that is equal: of 6,000 each takes a megabyte.  O(different lists)."""
     lists = (member.surveyed.matrices for member in state.members.values() if member.surveyed)
-    known = next((known for known in lists if known == found.matrices), found.matrices)
+    known = next((known for known in lists if _same(known, found.matrices)), found.matrices)
     return msgspec.structs.replace(found, matrices=known)
+
+
+def packed(state: JobState) -> JobState:
+    """The same for a snapshot: of equal lists of matrices the first alone.  O(members x different lists)."""
+    firsts: list[tuple[str, list[Matrix]]] = []
+    members, alike = dict(state.members), {}
+    for agent, member in state.members.items():
+        if found := member.surveyed:
+            known = next((other for other, matrices in firsts if _same(matrices, found.matrices)), "")
+            if known:
+                # One at least stays: a survey has one.
+                members[agent] = _with_matrices(member, found, found.matrices[:1])
+                alike[agent] = known
+            else:
+                firsts.append((agent, found.matrices))
+    return msgspec.structs.replace(state, members=members, alike=alike)
+
+
+def unpack(state: JobState) -> None:
+    """Undo that, and let snapshots of earlier versions hold equal lists once, too."""
+    for agent, member in state.members.items():
+        if found := member.surveyed:
+            known = state.members[state.alike[agent]].surveyed if agent in state.alike else None
+            member.surveyed = (
+                msgspec.structs.replace(found, matrices=known.matrices) if known else share_matrices(state, found)
+            )
+    state.alike = {}
+
+
+def _with_matrices(member: Member, found: Surveyed, matrices: list[Matrix]) -> Member:
+    return msgspec.structs.replace(member, surveyed=msgspec.structs.replace(found, matrices=matrices))
+
+
+def _same(one: list[Matrix], other: list[Matrix]) -> bool:
+    return one is other or one == other
 
 
 def _is_odd(job: Job, found: Surveyed) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from coordinator.core import actions as act
 from coordinator.core import events as ev
 from coordinator.core.fleet import decode_state, encode_state
 from coordinator.core.state import Phase
 from protocol.messages import ExecState, Matrix, Surveyed
-from tests.coordinator.conftest import sha
+from tests.coordinator.conftest import MATRICES, sha
 
 if TYPE_CHECKING:
     from tests.coordinator.conftest import Play
@@ -110,6 +112,22 @@ def test_what_a_fleet_has_in_common_is_held_once(play: Play) -> None:
     assert job.plan
     assert job.plan.choices["a"].ranks is job.plan.choices["b"].ranks
     assert encode_state(state) == encode_state(play.fleet.state)
+
+
+def test_what_a_fleet_has_in_common_is_in_a_snapshot_once(play: Play) -> None:
+    listed = msgspec.msgpack.encode(MATRICES)
+
+    def n_named() -> int:
+        bare = msgspec.structs.replace(play.job(), matrices=[], plan=None, round=None)
+        return encode_state(msgspec.structs.replace(play.fleet.state, jobs={"j": bare})).count(listed)
+
+    play.submit().join("a", "b", "c", "d").survey("a")
+    assert n_named() == 1
+    play.survey("b").survey("c").survey("d")
+    assert n_named() == 1
+    assert not play.job().alike, "the state itself is as it was"
+    whole = msgspec.msgpack.encode(msgspec.structs.replace(play.fleet.state, v=1))
+    assert encode_state(decode_state(whole)) == encode_state(play.fleet.state), "earlier versions had the list for each"
 
 
 def test_ever_new_arrivals_do_not_put_off_the_first_round(play: Play) -> None:

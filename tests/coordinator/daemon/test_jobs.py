@@ -103,3 +103,24 @@ async def test_an_export_that_failed_is_made_at_the_next_start(stage: Stage, cap
     await stage.start()
     await stage.ended()
     assert (stage.export() / "adapter_model.safetensors").is_file()
+
+
+async def test_slow_work_that_is_asked_for_as_it_ends_is_begun_again(stage: Stage) -> None:
+    await stage.start()
+    done = []
+
+    async def work(number: int) -> None:
+        done.append(number)
+        if number == 0:  # runs when this is done, and before anybody is told so
+            asyncio.get_running_loop().call_soon(stage.coordinator._spawn, "x", work(1))
+
+    stage.coordinator._spawn("x", work(0))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert done == [0, 1]
+    assert "x" not in stage.coordinator._slow
+    stage.coordinator._spawn("x", work(2))
+    stage.coordinator._spawn("x", work(3))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert done == [0, 1, 2], "what is under way is not begun twice"
