@@ -43,6 +43,7 @@ def start(job: Job, ready: list[str]) -> None:
         rounds.begin(job, "train", {agent: state.plan.choices[agent] for agent in ready if agent in state.plan.choices})
         return
     state.planned = ready
+    state.unreported = [agent for agent in ready if job.fleet.agents[agent].report is None]
     job.move(Phase.PLANNING)
     ask(job)
 
@@ -108,6 +109,8 @@ def _why_anew(job: Job, ready: Sequence[str]) -> str:
     kept = [agent for agent in ready if agent in plan.choices]
     if new := [agent for agent in ready if agent not in plan.choices and agent not in plan.left_out]:
         return _named(new, "came")
+    if told := [agent for agent in kept if agent in state.unreported and job.fleet.agents[agent].report]:
+        return _named(told, "reported for the first time")
     if gone := sorted(a for a in plan.choices if not job.fleet.agents[a].online):
         return _named(gone, "went")
     if state.round_number + 1 >= plan.round + state.spec.plan.replan_every:

@@ -234,6 +234,8 @@ class JobState(msgspec.Struct, kw_only=True):
     round: Round | None = None
     planned: list[str] = []
     """Agents that the planner was last asked about."""
+    unreported: list[str] = []
+    """Those of them that had not said what their servers have: their report was lost on the way, or is slower than the survey."""
     plan: RoundPlan | None = None
     overhead_s: float = 0.0
     """What the last rounds cost beside training; 0 until one has ended."""
@@ -276,7 +278,7 @@ def shed(job: JobState) -> JobDetail:
         matrices=job.matrices, members={name: _brief(member) for name, member in job.members.items()}, plan=job.plan
     )
     job.matrices, job.members, job.plan = [], {}, None
-    job.planned, job.carried, job.missed, job.tried, job.late = [], {}, {}, {}, []
+    job.planned, job.unreported, job.carried, job.missed, job.tried, job.late = [], [], {}, {}, {}, []
     return detail
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from coordinator.core.job import Job
 
 OTHER_MATRICES: Final = "bad_base: finds other matrices in the base than the other agents do: upgrade fedpipe there"
+MAX_LISTS: Final = 8
+"""Lists of matrices that a snapshot may hold for more than one agent: honest agents have one."""
 UNPROVEN: Final = 1.1
 """Memory is planned with a tenth more than the model says until a round has shown it: too low costs a round, too high little."""
 
@@ -90,7 +92,7 @@ def share_matrices(state: JobState, found: Surveyed) -> Surveyed:
 
 
 def packed(state: JobState) -> JobState:
-    """The same for a snapshot: of equal lists of matrices the first alone.  O(members x different lists)."""
+    """The same for a snapshot: of equal lists of matrices the first alone.  Linear in members."""
     firsts: list[tuple[str, list[Matrix]]] = []
     members, alike = dict(state.members), {}
     for agent, member in state.members.items():
@@ -100,7 +102,7 @@ def packed(state: JobState) -> JobState:
                 # One at least stays: a survey has one.
                 members[agent] = _with_matrices(member, found, found.matrices[:1])
                 alike[agent] = known
-            else:
+            elif len(firsts) < MAX_LISTS:
                 firsts.append((agent, found.matrices))
     return msgspec.structs.replace(state, members=members, alike=alike)
 

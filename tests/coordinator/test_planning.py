@@ -137,6 +137,17 @@ def test_a_newcomer_makes_it_anew(play: Play) -> None:
     one_round(play, "a").expects(act.MakePlan, agents=["a", "b"], reason="b came")
 
 
+def test_a_report_that_comes_after_the_plan_makes_it_anew(play: Play) -> None:
+    opened(play, "a").join("b").survey("b", calibrated=MEASURED)
+    one_round(play, "a").expects(act.MakePlan, agents=["a", "b"], reason="b came")
+    planned(play).trains("a", "b").fold().lacks(act.MakePlan)  # its report was lost, and it takes part without
+    play.feed(ev.AgentReported(agent="b", report=report()))
+    one_round(play, "a", "b").expects(act.MakePlan, agents=["a", "b"], reason="b reported for the first time")
+    planned(play).trains("a", "b").fold().lacks(act.MakePlan)
+    play.feed(ev.AgentReported(agent="b", report=report()))
+    one_round(play, "a", "b").lacks(act.MakePlan)
+
+
 def test_a_departure_makes_it_anew(play: Play) -> None:
     opened(play, "a", "b").trains("a", "b").leave("b")
     play.fold().expects(act.MakePlan, agents=["a"], reason="b went")
