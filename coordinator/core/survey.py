@@ -99,9 +99,8 @@ def packed(state: JobState) -> JobState:
         if found := member.surveyed:
             known = next((other for other, matrices in firsts if _same(matrices, found.matrices)), "")
             if known:
-                # One at least stays: a survey has one.
-                members[agent] = _with_matrices(member, found, found.matrices[:1])
-                alike[agent] = known
+                brief = msgspec.structs.replace(found, matrices=found.matrices[:1])  # one at least: Surveyed
+                members[agent], alike[agent] = msgspec.structs.replace(member, surveyed=brief), known
             elif len(firsts) < MAX_LISTS:
                 firsts.append((agent, found.matrices))
     return msgspec.structs.replace(state, members=members, alike=alike)
@@ -116,10 +115,6 @@ def unpack(state: JobState) -> None:
                 msgspec.structs.replace(found, matrices=known.matrices) if known else share_matrices(state, found)
             )
     state.alike = {}
-
-
-def _with_matrices(member: Member, found: Surveyed, matrices: list[Matrix]) -> Member:
-    return msgspec.structs.replace(member, surveyed=msgspec.structs.replace(found, matrices=matrices))
 
 
 def _same(one: list[Matrix], other: list[Matrix]) -> bool:
