@@ -271,7 +271,11 @@ class Coordinator:
         if (running := self._slow.get(name)) and not running.done():  # one that is done is told so a moment later
             work.close()
             return
-        self._slow[name] = task = self._group.create_task(work, name=name)
+        try:
+            self._slow[name] = task = self._group.create_task(work, name=name)
+        except RuntimeError:  # the daemon is ending: what it is told now it will be told again
+            work.close()
+            return
         task.add_done_callback(lambda done: self._slow.pop(name) if self._slow.get(name) is done else None)
 
     async def _plan(self, wish: act.MakePlan) -> None:

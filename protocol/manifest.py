@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import zlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import pairwise, repeat
 from operator import attrgetter
@@ -70,6 +70,8 @@ class Contents:
 
     raw: msgspec.Raw
     entries: Sequence[Entry]
+    _asked: list[tuple[Mapping[str, int], Mapping[str, tuple[int, int]]]] = field(default_factory=list, repr=False)
+    """What it was last found to be of."""
 
     @cached_property
     def names(self) -> list[str]:
@@ -85,6 +87,16 @@ class Contents:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(d_out, d_in) of each matrix."""
         return {entry.name: entry.shape for entry in self.entries}
+
+    def is_of(self, ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> bool:
+        """Whether exactly these are its matrices.  Asked again with the same two maps, which must not change, it costs nothing."""
+        for known_ranks, known_shapes in self._asked:
+            if known_ranks is ranks and known_shapes is shapes:
+                return True
+        if (self.ranks, self.shapes) != (ranks, shapes):
+            return False
+        self._asked[:] = [(ranks, shapes)]
+        return True
 
     @cached_property
     def groups(self) -> list[slice]:

@@ -94,16 +94,14 @@ class Average:
 
 def _alike(names: Sequence[str], kept: Mapping[str, Factors], ordered: Sequence[Weighted]) -> Iterator[Sequence[str]]:
     """Runs of matrices of one shape, which the same agents trained at the same ranks and the model holds at one rank."""
-    tables = [(u.update.ranks, u.update.shape) for u in ordered]
-    tables = list({id(ranks): (ranks, shape) for ranks, shape in tables}.values())  # like updates have one in common
-
-    def sort(name: str) -> tuple[tuple[int, int], int | None, list[int]]:
-        shape = next(shape for ranks, shape in tables if name in ranks)
-        return shape(name), kept[name].rank if name in kept else None, [ranks.get(name, -1) for ranks, _ in tables]
-
-    for whole in alike(names, sort):
-        shape, _, ranks = sort(names[whole.start])
-        for part in few(whole, sum(shape) * max(ranks)):
+    listed = [(u.update.ranks, u.update.shape) for u in ordered]
+    tables = list({id(ranks): (ranks, shape) for ranks, shape in listed}.values())  # like updates have one in common
+    shapes = (next(shape(name) for ranks, shape in tables if name in ranks) for name in names)
+    held = (kept[name].rank if name in kept else None for name in names) if kept else repeat(None)
+    columns = [list(map(ranks.get, names, repeat(-1))) for ranks, _ in tables]
+    sorts = list(zip(shapes, held, *columns, strict=False))
+    for whole in alike(range(len(names)), sorts.__getitem__):
+        for part in few(whole, sum(sorts[whole.start][0]) * max(column[whole.start] for column in columns)):
             yield names[part]
 
 

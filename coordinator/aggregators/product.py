@@ -143,7 +143,8 @@ def in_order(updates: Sequence[Weighted]) -> list[Weighted]:
 
 def trained_names(ordered: Sequence[Weighted]) -> list[str]:
     """The matrices that somebody trained, in order; in nearly that order they come, which makes sorting cheap."""
-    return sorted(dict.fromkeys(chain.from_iterable(u.update.ranks for u in ordered)))
+    tables = {id(ranks): ranks for ranks in [u.update.ranks for u in ordered]}  # like updates have one in common
+    return sorted(dict.fromkeys(chain.from_iterable(tables.values())))
 
 
 def _trained(name: str, ordered: Sequence[Weighted]) -> list[Weighted]:

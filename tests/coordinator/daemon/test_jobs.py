@@ -124,3 +124,15 @@ async def test_slow_work_that_is_asked_for_as_it_ends_is_begun_again(stage: Stag
     for _ in range(5):
         await asyncio.sleep(0)
     assert done == [0, 1, 2], "what is under way is not begun twice"
+
+
+async def test_slow_work_that_is_asked_for_while_the_daemon_ends_is_not_begun(stage: Stage) -> None:
+    await stage.start()
+
+    async def work() -> None:
+        raise AssertionError("begun")
+
+    one = stage.coordinator
+    await stage.kill()
+    one._spawn("x", work())
+    assert not one._slow
