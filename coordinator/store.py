@@ -218,7 +218,8 @@ class Store:
 
     def close_job(self, job: str, detail: JobDetail) -> None:
         """Write down what may still be asked of a job that ended; writing it again changes nothing."""
-        body = zlib.compress(_encode(detail), 1)  # of hundreds of agents that were planned for alike
+        brief = msgspec.structs.replace(detail, plan=detail.plan and detail.plan.packed())
+        body = zlib.compress(_encode(brief), 1)
         with self._disk():
             self._db.execute("INSERT OR REPLACE INTO ended VALUES (?, ?, ?)", (job, _crc(0, body), body))
 
@@ -226,8 +227,8 @@ class Store:
         """What was written down of a job that ended; None for another, and for one whose row is damaged."""
         for crc, body in self._rows("SELECT crc, detail FROM ended WHERE job = ?", job):
             if crc == _crc(0, body):
-                detail: JobDetail = _detail(zlib.decompress(body))
-                return detail
+                brief: JobDetail = _detail(zlib.decompress(body))
+                return msgspec.structs.replace(brief, plan=brief.plan and brief.plan.unpacked())
             logger.error("what was kept of job %s is damaged", job, extra={"action": "detail_lost", "job": job})
         return None
 

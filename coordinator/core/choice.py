@@ -60,10 +60,28 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def share_ranks(choices: Mapping[str, Choice]) -> dict[str, Choice]:
-    """The same, with ranks that are equal as one map: of 6,000 matrices each takes half a megabyte.  O(agents x matrices)."""
+    """The same, with ranks that are equal as one map: of 6,000 matrices each takes half a megabyte.  O(maps x matrices)."""
     known: dict[tuple[int, int], dict[str, int]] = {}
-    found = {}
-    for agent, choice in choices.items():
-        ranks = known.setdefault((len(choice.ranks), sum(choice.ranks.values())), choice.ranks)
-        found[agent] = msgspec.structs.replace(choice, ranks=ranks) if ranks == choice.ranks else choice
-    return found
+    shared: dict[int, dict[str, int]] = {}  # by the map itself
+    for ranks in (choice.ranks for choice in choices.values()):
+        if id(ranks) not in shared:
+            first = known.setdefault((len(ranks), sum(ranks.values())), ranks)
+            shared[id(ranks)] = first if first == ranks else ranks
+    return {agent: _with_ranks(choice, shared[id(choice.ranks)]) for agent, choice in choices.items()}
+
+
+def pack_ranks(choices: Mapping[str, Choice]) -> tuple[dict[str, Choice], dict[str, str]]:
+    """For the disk: of equal ranks those of the first agent alone, and for the others whose they have.  Cost as share_ranks."""
+    shared = share_ranks(choices)
+    firsts = {id(shared[agent].ranks): agent for agent in reversed(shared)}
+    alike = {a: first for a, choice in shared.items() if (first := firsts[id(choice.ranks)]) != a}
+    return {a: _with_ranks(choice, {}) if a in alike else choice for a, choice in shared.items()}, alike
+
+
+def unpack_ranks(choices: Mapping[str, Choice], alike: Mapping[str, str]) -> dict[str, Choice]:
+    """Undo that; what was written before there was such a thing is shared all the same."""
+    return share_ranks({a: _with_ranks(choice, choices[alike.get(a, a)].ranks) for a, choice in choices.items()})
+
+
+def _with_ranks(choice: Choice, ranks: dict[str, int]) -> Choice:
+    return choice if choice.ranks is ranks else msgspec.structs.replace(choice, ranks=ranks)

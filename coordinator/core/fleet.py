@@ -18,8 +18,7 @@ import msgspec
 
 from coordinator.core import actions as act
 from coordinator.core import events as ev
-from coordinator.core import planning, steering, survey, uploads
-from coordinator.core.choice import share_ranks
+from coordinator.core import packing, planning, steering, survey, uploads
 from coordinator.core.job import Job
 from coordinator.core.roster import Roster
 from coordinator.core.state import ENDED, STATE_VERSION, AgentState, FleetState, JobState, Phase, Share
@@ -273,7 +272,7 @@ class Fleet:
 
 def encode_state(state: FleetState) -> bytes:
     """The snapshot's bytes (msgpack)."""
-    jobs = {name: survey.packed(job) for name, job in state.jobs.items()}
+    jobs = {name: packing.packed(job) for name, job in state.jobs.items()}
     return msgspec.msgpack.encode(msgspec.structs.replace(state, v=STATE_VERSION, jobs=jobs))
 
 
@@ -284,6 +283,5 @@ def decode_state(data: bytes) -> FleetState:
         raise BadConfig("this state was written by a newer fedpipe: install that version again")
     state = msgspec.msgpack.decode(data, type=FleetState)
     for job in state.jobs.values():
-        survey.unpack(job)
-        job.plan = job.plan and msgspec.structs.replace(job.plan, choices=share_ranks(job.plan.choices))
+        packing.unpack(job)
     return state

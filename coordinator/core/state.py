@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from coordinator.core.choice import Choice, Prediction
+from coordinator.core.choice import Choice, Prediction, pack_ranks, unpack_ranks
 from coordinator.core.spec import JobSpec
 from protocol.messages import Blob, Calibrated, Energy, Evaluated, ExecState, Matrix, Offer, Report, Surveyed
 
@@ -188,6 +188,17 @@ class RoundPlan(msgspec.Struct, frozen=True, kw_only=True):
     choices: dict[str, Choice] = {}
     left_out: dict[str, str] = {}
     notes: list[str] = []
+    alike: dict[str, str] = {}
+    """On disk: agents whose ranks are those of another one's choice and stand there."""
+
+    def packed(self) -> RoundPlan:
+        """The same for the disk."""
+        choices, alike = pack_ranks(self.choices)
+        return msgspec.structs.replace(self, choices=choices, alike=alike)
+
+    def unpacked(self) -> RoundPlan:
+        """As it was before."""
+        return msgspec.structs.replace(self, choices=unpack_ranks(self.choices, self.alike), alike={})
 
 
 class Pause(msgspec.Struct, frozen=True, kw_only=True):
@@ -230,7 +241,7 @@ class JobState(msgspec.Struct, kw_only=True):
     matrices: list[Matrix] = []
     members: dict[str, Member] = {}
     alike: dict[str, str] = {}
-    """In a snapshot: agents whose matrices are those of another one's survey and stand there; see survey.packed."""
+    """In a snapshot: agents whose matrices are those of another one's survey and stand there; see packing.py."""
     round: Round | None = None
     planned: list[str] = []
     """Agents that the planner was last asked about."""

@@ -13,6 +13,7 @@ import msgspec
 from coordinator.core import actions as act
 from coordinator.core import events as ev
 from coordinator.core import plans
+from coordinator.core.packing import share_matrices
 from coordinator.core.state import JobState, Member, Share
 from protocol.messages import TERMINAL, ExecState, Matrix, Surveyed
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from coordinator.core.job import Job
 
 OTHER_MATRICES: Final = "bad_base: finds other matrices in the base than the other agents do: upgrade fedpipe there"
-MAX_LISTS: Final = 8
-"""Lists of matrices that a snapshot may hold for more than one agent: honest agents have one."""
 UNPROVEN: Final = 1.1
 """Memory is planned with a tenth more than the model says until a round has shown it: too low costs a round, too high little."""
 
@@ -82,43 +81,6 @@ def moved(job: Job, share: Share, event: ev.ShareMoved) -> None:
     else:
         member.excluded = event.reason or "the survey brought nothing to train on"
         job.end_share(share, 0, ExecState.FAILED, member.excluded)
-
-
-def share_matrices(state: JobState, found: Surveyed) -> Surveyed:
-    """The same, with another agent's list of matrices if that is equal: of 6,000 each takes a megabyte.  O(different lists)."""
-    lists = (member.surveyed.matrices for member in state.members.values() if member.surveyed)
-    known = next((known for known in lists if _same(known, found.matrices)), found.matrices)
-    return msgspec.structs.replace(found, matrices=known)
-
-
-def packed(state: JobState) -> JobState:
-    """The same for a snapshot: of equal lists of matrices the first alone.  Linear in members."""
-    firsts: list[tuple[str, list[Matrix]]] = []
-    members, alike = dict(state.members), {}
-    for agent, member in state.members.items():
-        if found := member.surveyed:
-            known = next((other for other, matrices in firsts if _same(matrices, found.matrices)), "")
-            if known:
-                brief = msgspec.structs.replace(found, matrices=found.matrices[:1])  # one at least: Surveyed
-                members[agent], alike[agent] = msgspec.structs.replace(member, surveyed=brief), known
-            elif len(firsts) < MAX_LISTS:
-                firsts.append((agent, found.matrices))
-    return msgspec.structs.replace(state, members=members, alike=alike)
-
-
-def unpack(state: JobState) -> None:
-    """Undo that, and let snapshots of earlier versions hold equal lists once, too."""
-    for agent, member in state.members.items():
-        if found := member.surveyed:
-            known = state.members[state.alike[agent]].surveyed if agent in state.alike else None
-            member.surveyed = (
-                msgspec.structs.replace(found, matrices=known.matrices) if known else share_matrices(state, found)
-            )
-    state.alike = {}
-
-
-def _same(one: list[Matrix], other: list[Matrix]) -> bool:
-    return one is other or one == other
 
 
 def _is_odd(job: Job, found: Surveyed) -> bool:

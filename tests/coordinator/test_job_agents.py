@@ -126,6 +126,11 @@ def test_what_a_fleet_has_in_common_is_in_a_snapshot_once(play: Play) -> None:
     play.survey("b").survey("c").survey("d")
     assert n_named() == 1
     assert not play.job().alike, "the state itself is as it was"
+    play.plan()
+    ranks = msgspec.msgpack.encode(play.job().plan.choices["a"].ranks)
+    plan = play.job().plan.packed()
+    assert msgspec.msgpack.encode(plan).count(ranks) == 1
+    assert plan.unpacked() == play.job().plan
     whole = msgspec.msgpack.encode(msgspec.structs.replace(play.fleet.state, v=1))
     assert encode_state(decode_state(whole)) == encode_state(play.fleet.state), "earlier versions had the list for each"
 
