@@ -107,7 +107,9 @@ def head(job: JobView, fleet: FleetView, now: float) -> RenderableType:
 
 
 def _short(source: str) -> str:
-    return source if len(source) <= 40 else "…" + source[-39:]
+    """Of a folder its name, which says more than the way there."""
+    name = source.rstrip("/").rpartition("/")[2] if source.startswith(("/", "~", ".")) else source
+    return name if len(name) <= 40 else "…" + name[-39:]
 
 
 def _way(job: JobView) -> RenderableType:
