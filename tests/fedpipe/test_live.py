@@ -128,6 +128,19 @@ def test_every_figure_is_legible(width: int) -> None:
         assert words == [name, *figures.split()]
 
 
+@pytest.mark.parametrize(
+    ("base", "shown"),
+    [
+        ("/a/long/way/to/some/model/with/a/long-name", "on long-name"),
+        ("./models/mine/", "on mine"),
+        ("org/model", "on org/model"),
+        ("org/" + "m" * 60, "on …" + "m" * 39),
+    ],
+)
+def test_a_base_in_a_folder_is_shown_by_its_name(base: str, shown: str) -> None:
+    assert shown in "\n".join(text(job(base=base)))
+
+
 def test_the_way_of_the_held_out_loss_is_shown() -> None:
     assert "held-out loss 5.500 → 4.500 █▁" in "\n".join(text(job()))
 
