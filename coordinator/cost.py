@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from operator import add
-from typing import Annotated, Final, NamedTuple
+from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta
+from msgspec.structs import asdict, astuple
 
 from coordinator.core.state import RoundRecord, ShareRecord
 from coordinator.figures import duration_text, energy_text
@@ -49,16 +50,14 @@ class Prices(Price, frozen=True, kw_only=True, forbid_unknown_fields=True):
 FREE: Final = Prices()
 
 
-class CostView(msgspec.Struct, frozen=True, kw_only=True):
-    """What the agents of a job have spent on the rounds that ended; gpu_s is the part of train_s that GPUs worked.
+class Spent(msgspec.Struct, frozen=True):
+    """What one agent, or all of them, have spent on the rounds of a job that ended.
 
-    Fields: work_s, time from a plan that an agent took to the end of its share, over all; joules of devices that trained, with
-    declared_j the part that is an owner's figure; unmetered_s, the part of work_s whose energy nobody knows; money at the
-    prices of now, which is without that energy; None where no price is set.
+    Fields: work_s, time from a plan that was taken to the end of its share; joules of devices that trained, with
+    declared_j the part that is an owner's figure; unmetered_s, the part of work_s whose energy nobody knows.
     """
 
     train_s: float = 0.0
-    gpu_s: float = 0.0
     samples: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
@@ -68,6 +67,15 @@ class CostView(msgspec.Struct, frozen=True, kw_only=True):
     joules: float = 0.0
     declared_j: float = 0.0
     unmetered_s: float = 0.0
+
+
+class CostView(Spent, frozen=True, kw_only=True):
+    """What a job has cost: gpu_s is the part of train_s that GPUs worked.
+
+    money: at the prices of now, without the energy that nobody knows; None where no price is set.
+    """
+
+    gpu_s: float = 0.0
     money: float | None = None
     currency: str = ""
 
@@ -94,46 +102,32 @@ def spent_text(cost: CostView) -> str:
     return "; ".join(filter(None, [f"{duration_text(cost.work_s)} at work", energy, money]))
 
 
-class Spent(NamedTuple):
-    """What one agent has spent on a job; fields as in CostView."""
-
-    train_s: float = 0.0
-    samples: int = 0
-    bytes_up: int = 0
-    bytes_down: int = 0
-    n_shares: int = 0
-    n_failed: int = 0
-    work_s: float = 0.0
-    joules: float = 0.0
-    declared_j: float = 0.0
-    unmetered_s: float = 0.0
-
-    def plus(self, share: ShareRecord) -> Spent:
-        """The same with one more share."""
-        energy, worked_s = share.energy, work_s(share)
-        joules = energy.joules if energy else 0.0
-        more = Spent(
-            train_s=share.train_s,
-            samples=share.samples,
-            bytes_up=share.bytes_up,
-            bytes_down=share.bytes_down,
-            n_shares=1,
-            n_failed=share.state != "DONE",
-            work_s=worked_s,
-            joules=joules,
-            declared_j=joules if energy and energy.source == "declared" else 0.0,
-            unmetered_s=0.0 if energy else worked_s,
-        )
-        return Spent._make(map(add, self, more))
+def with_share(spent: Spent, share: ShareRecord) -> Spent:
+    """The same with one more share."""
+    energy, worked_s = share.energy, work_s(share)
+    joules = energy.joules if energy else 0.0
+    more = Spent(
+        train_s=share.train_s,
+        samples=share.samples,
+        bytes_up=share.bytes_up,
+        bytes_down=share.bytes_down,
+        n_shares=1,
+        n_failed=int(share.state != "DONE"),
+        work_s=worked_s,
+        joules=joules,
+        declared_j=joules if energy and energy.source == "declared" else 0.0,
+        unmetered_s=0.0 if energy else worked_s,
+    )
+    return Spent(*map(add, astuple(spent), astuple(more)))
 
 
 def cost_so_far(spent: Mapping[str, Spent], devices: Mapping[str, str], prices: Prices = FREE) -> CostView:
     """What all agents have spent until the last ended round.  `devices` says what each agent trains on."""
-    whole = Spent._make(map(sum, zip(*spent.values(), strict=True))) if spent else Spent()
+    whole = Spent(*map(sum, zip(*map(astuple, spent.values()), strict=True)))
     by_hour = sum(prices.of(agent).per_hour * one.work_s / HOUR_S for agent, one in spent.items())
     by_energy = sum(prices.of(agent).per_kwh * one.joules / KWH_J for agent, one in spent.items())
     return CostView(
-        **whole._asdict(),
+        **asdict(whole),
         gpu_s=sum(one.train_s for agent, one in spent.items() if devices.get(agent, "cpu") != "cpu"),
         money=by_hour + by_energy if prices.currency else None,
         currency=prices.currency,

@@ -12,7 +12,7 @@ from sys import intern
 from typing import NamedTuple, TypeAlias, TypeVar
 
 from coordinator.core.state import Round, RoundRecord, Share, ShareRecord
-from coordinator.cost import Spent
+from coordinator.cost import Spent, with_share
 from protocol.messages import Evaluated
 
 T = TypeVar("T")
@@ -68,7 +68,7 @@ def extended(past: Past, records: Iterable[RoundRecord]) -> Past:
         for agent, share in shares.items():
             if (agent, share.assigned_at) not in counted:
                 counted.add((agent, share.assigned_at))
-                spent[agent] = spent.get(agent, Spent()).plus(share)
+                spent[agent] = with_share(spent.get(agent, Spent()), share)
         if record.outcome == "aggregated":
             done = tuple(agent for agent, share in shares.items() if share.state == "DONE")
             samples = sum(shares[agent].samples for agent in done)

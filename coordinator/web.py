@@ -176,7 +176,7 @@ class Api:
             skip=min(wanted, past.n_rounds),
         )
         rest = self._coordinator.store.rounds(view.name, view.n_skipped, past.n_rounds)
-        return StreamingResponse(_with_history(view, rest), media_type="application/json")
+        return StreamingResponse(views.with_history(view, rest), media_type="application/json")
 
     async def versions(self, request: Request) -> Response:
         """A list of versions.VersionView, oldest first."""
@@ -283,17 +283,6 @@ class Api:
         if job is None:
             raise HTTPException(404, f"there is no job {name[:80]!r}: /v1/jobs (or fedpipe jobs) lists them")
         return job
-
-
-def _with_history(view: views.JobView, records: Iterable[RoundRecord]) -> Iterator[bytes]:
-    """A view that has no history as JSON, with these records for one: each is read when it is sent."""
-    body = msgspec.json.encode(view)
-    empty = b'"history":['  # no string holds it: quotation marks inside of one are escaped
-    head, _, tail = body.partition(empty)
-    yield head + empty
-    for n, record in enumerate(records):
-        yield b"," * (n > 0) + msgspec.json.encode(record)
-    yield tail
 
 
 def _blocks(file: IO[bytes]) -> Iterator[bytes]:

@@ -104,10 +104,7 @@ class Coordinator:
         view = self._get(f"/v1/jobs/{_part(name)}?skip={n_known}", JobView)
         if known is None or not n_known:
             return view
-        if (view.n_skipped, view.submitted_at) != (
-            n_known,
-            known.submitted_at,
-        ):  # another coordinator's job of that name
+        if (view.n_skipped, view.submitted_at) != (n_known, known.submitted_at):  # it is another one by that name
             return self.job(name)
         return msgspec.structs.replace(
             view,

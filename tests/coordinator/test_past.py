@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.core.spec import JobSpec
-from coordinator.core.state import JobState, Rollback, RoundRecord, ShareRecord
+from coordinator.core.state import JobState, Phase, Rollback, RoundRecord, ShareRecord
 from coordinator.past import Past, evaluations, extended
 from coordinator.versions import lineage
+from coordinator.views import JobView, MemberView, with_history
 from protocol.messages import Evaluated
 
 AGENTS = ("a", "b", "c")
@@ -126,3 +127,28 @@ def test_lineage_leaves_out_what_a_rollback_left_behind() -> None:
     assert left == job.rollbacks
     assert [e.round for e in lineage(job, past, 3)[0]] == [1, 2, 3]
     assert lineage(job, Past(), 0) == ([], [])
+
+
+def test_a_history_is_put_where_it_belongs_whatever_things_are_called() -> None:
+    view = JobView(
+        now=1.0,
+        name="j",
+        phase=Phase.COMPLETED,
+        reason='"history":[',
+        text="history",
+        method="qlora",
+        base="toy",
+        base_sha256="",
+        data="default",
+        round=2,
+        n_rounds=2,
+        attempt=0,
+        version=2,
+        since=0.0,
+        submitted_at=0.0,
+        members={"history": MemberView()},
+    )
+    records = [record(number, number - 1, history=ShareRecord(state="DONE")) for number in (1, 2)]
+    for told in ([], records[:1], records):
+        whole = msgspec.json.decode(b"".join(with_history(view, told)), type=JobView)
+        assert whole == msgspec.structs.replace(view, history=told)
