@@ -208,7 +208,7 @@ class Agent:
     def _will(self) -> Will:
         return self.outgoing.will(self._topic("state"), self._presence(online=False, reason="the connection was lost"))
 
-    def _say(self, leaf: UpLeaf, body: Body) -> Saying | None:
+    def _say(self, leaf: UpLeaf, body: Body) -> Saying:
         return self.outgoing.say(self._topic(leaf), body)
 
     def _say_birth(self) -> None:

@@ -53,7 +53,7 @@ class Traffic:
         link: Link,
         caps: Caps,
         clock: Callable[[], float],
-        say: Callable[[UpLeaf, Body], Saying | None],
+        say: Callable[[UpLeaf, Body], Saying],
         tell: Callable[[ev.Happened], None],
     ) -> None:
         self._blobs, self._outbox, self._link, self._caps = blobs, outbox, link, caps

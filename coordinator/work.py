@@ -34,6 +34,8 @@ from protocol.updates import open_update
 
 RETRY_S: Final = 15.0
 """Between two tries of what the disk refused."""
+N_CHECKING: Final = 2
+"""Updates that are checked at a time, each in a few buffers of half a megabyte; one of 8 MiB takes some milliseconds."""
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class Work:
     ) -> None:
         self._config, self._store, self._blobs, self._clock, self._disk = config, store, blobs, clock, disk
         self._shapes: tuple[Sequence[Matrix], Mapping[str, tuple[int, int]]] = [], {}
+        self._checking = asyncio.Semaphore(N_CHECKING)
 
     def renew(self, config: CoordinatorConfig) -> None:
         """Another configuration, from the next piece of work on."""
@@ -156,7 +159,8 @@ class Work:
         One that does not fit is not deleted here: its agent may have offered the digest of a file that others need.
         """
         try:
-            scores = await asyncio.to_thread(self._check, wish)
+            async with self._checking:
+                scores = await asyncio.to_thread(self._check, wish)
         except BadUpdate as error:
             return ev.UpdateSpoiled(agent=wish.agent, offer=wish.offer, reason=f"bad update: {error}")
         return ev.UpdateStored(agent=wish.agent, offer=wish.offer, scores=scores)

@@ -25,7 +25,7 @@ from protocol.errors import BadMessage, Unavailable
 from protocol.files import sync_folder
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_READ_BYTES: Final = 2**20
+_READ_BYTES: Final = 2**18
 
 
 class Blobs:
@@ -157,17 +157,17 @@ def digest_prefixes(path: Path, sizes: Sequence[int]) -> list[str]:
     state, position = hashlib.sha256(), 0
     with path.open("rb") as file:
         for size in sorted(set(sizes)):
-            for block in _blocks(file, size - position):
-                state.update(block)
+            if (missing := size - position - extend_digest(state, file, size - position)) > 0:
+                raise ValueError(f"the file ends {missing} bytes before the prefix does")
             position = size
             found[size] = state.hexdigest()
     return [found[size] for size in sizes]
 
 
-def _blocks(file: BinaryIO, n_bytes: int) -> Iterator[bytes]:
-    while n_bytes > 0:
-        block = file.read(min(n_bytes, _READ_BYTES))
-        if not block:
-            raise ValueError(f"the file ends {n_bytes} bytes before the prefix does")
-        n_bytes -= len(block)
-        yield block
+def extend_digest(state: hashlib._Hash, file: BinaryIO, n_bytes: int) -> int:
+    """Add the next bytes of `file` to a digest, at most `n_bytes`; how many there were."""
+    left = n_bytes
+    while left and (block := file.read(min(left, _READ_BYTES))):
+        state.update(block)
+        left -= len(block)
+    return n_bytes - left

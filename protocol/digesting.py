@@ -19,14 +19,37 @@ from protocol.files import start_writing
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    _Work = tuple[Callable[[bytes | memoryview], None], bytes | memoryview]
+
 logger = logging.getLogger(__name__)
 
-MAX_WAITING: Final = 16
-"""Pieces that wait for the thread; who brings more waits with them, so memory stays bounded."""
+MAX_WAITING_BYTES: Final = 2 * 2**20
+"""In pieces that wait for the thread; who brings more waits with them, so memory stays bounded."""
 WRITE_BYTES: Final = 2**20
 """New bytes for which the disk is asked to begin."""
 
-_waiting: Queue[tuple[Callable[[bytes | memoryview], None], bytes | memoryview]] = Queue(MAX_WAITING)
+
+class _Pieces(Queue["_Work"]):
+    """A queue that is full by its bytes; each entry counts as one more, so that none is nothing."""
+
+    def _init(self, maxsize: int) -> None:
+        super()._init(maxsize)
+        self._n_bytes = 0
+
+    def _qsize(self) -> int:
+        return self._n_bytes
+
+    def _put(self, item: _Work) -> None:
+        super()._put(item)
+        self._n_bytes += 1 + len(item[1])
+
+    def _get(self) -> _Work:
+        item = super()._get()
+        self._n_bytes -= 1 + len(item[1])
+        return item
+
+
+_waiting: Final = _Pieces(MAX_WAITING_BYTES)
 _starting = threading.Lock()
 _thread: list[threading.Thread] = []
 

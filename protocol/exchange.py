@@ -25,6 +25,7 @@ from protocol.fetching import Fetching
 from protocol.files import read_at
 from protocol.frames import carried_checksum, decode_frame, encode_frame
 from protocol.http_store import Carrier
+from protocol.line import Line
 from protocol.messages import Blob, Done, Grant, Placed, Refuse
 from protocol.pacing import Pace
 from protocol.placing import Placing
@@ -116,6 +117,7 @@ class Exchange:
         self._bus, self._spool, self._clock = bus, spool, clock
         self._say, self._chunk_topic, self._source, self._outcome = say, chunk_topic, source, outcome
         self._pulls: dict[tuple[str, str], _Pull] = {}
+        self._line = Line(receiving.budget_bytes)
         self._blob_topic = blob_topic
         self._heard: set[str] = set()
         self._ears = asyncio.Event()
@@ -170,15 +172,25 @@ class Exchange:
         if known is not None and (known.blob, known.size) == (blob, size):
             return
         self.fetching.close(peer, blob.xfer)
+        self._line.leave((peer, blob.xfer))
         pull = _Pull(peer, blob, size, sha256 or blob.sha256, None, listen, by_store and self.way.is_open(peer))
         self._pulls[peer, blob.xfer] = pull
         self._start(pull)
 
     def _start(self, pull: _Pull) -> None:
-        if pull.listening and not pull.by_store and pull.blob.xfer not in self._heard:
+        if pull.by_store:
+            self._begin(pull)
+        elif pull.listening and pull.blob.xfer not in self._heard:
             self._ears.set()  # it begins when the broker knows of it, or the first chunks would be missed
         else:
-            self._begin(pull)
+            size = pull.blob.size if pull.size is None else pull.size
+            self._line.join((pull.peer, pull.blob.xfer), min(size, self.receiving.window * pull.blob.chunk))
+            self._begin_next()
+
+    def _begin_next(self) -> None:
+        """Begin those whose turn it is."""
+        for key in self._line.begin(self._clock()):
+            self._begin(self._pulls[key])
 
     def _begin(self, pull: _Pull) -> None:
         pull.begun = True
@@ -218,6 +230,7 @@ class Exchange:
                 except BusError:  # a broker that does not let us listen: it is pulled
                     pull.listening = False
                 if not pull.begun and self._is_wanted(pull):
+                    self._line.leave((pull.peer, xfer))
                     self._begin(pull)
 
     def stop_pulling(self, peer: str, xfer: str) -> None:
@@ -228,6 +241,8 @@ class Exchange:
         self._ears.set()
         if pull and pull.partial:
             pull.partial.discard()
+        self._line.leave((peer, xfer))
+        self._begin_next()
 
     def chunk(self, peer: str, xfer: str, payload: bytes, *, heard: bool = False) -> None:
         """A chunk frame arrived, `heard` in a broadcast or sent to us alone.
@@ -248,7 +263,9 @@ class Exchange:
             self._ends.put_nowait((pull, pull.lost(str(error))))
             return
         if not pull.by_store:
-            self._perform(self.receiving.chunk(peer, xfer, index, len(data), self._clock(), heard=heard))
+            now = self._clock()
+            self._line.moved((peer, xfer), now)
+            self._perform(self.receiving.chunk(peer, xfer, index, len(data), now, heard=heard))
         elif is_new:
             self.fetching.wrote(peer, xfer, index, pull.partial.have)
 
@@ -274,6 +291,9 @@ class Exchange:
         """One of a few: the disk writes while the next is hashed; what follows upon an end is for one at a time."""
         while True:
             pull, lost = await self._ends.get()
+            if self._is_wanted(pull):
+                self._line.leave((pull.peer, pull.blob.xfer))
+                self._begin_next()
             end = lost or (await self._verified(pull) if self._is_wanted(pull) else None)
             async with self._ending:
                 if end and self._is_wanted(pull):
@@ -282,9 +302,11 @@ class Exchange:
                     await self._outcome(end)
 
     def remaining(self, peer: str, xfer: str) -> int | None:
-        """Chunks still to come, for display; None if it is not being pulled."""
+        """Chunks still to come, for display; None if it is not being pulled, nor waits for it."""
         pull = self._pulls.get((peer, xfer))
-        return None if pull is None or pull.partial is None else len(pull.partial.have) - pull.partial.have.count
+        if pull is None or pull.partial is None:
+            return None if pull is None else pull.blob.n_chunks
+        return len(pull.partial.have) - pull.partial.have.count
 
     @property
     def received_bytes(self) -> dict[str, int]:
@@ -410,9 +432,11 @@ class Exchange:
         """Handle what time alone made due; see `wake_at`."""
         self._perform(self.receiving.tick(self._clock()))
         self.fetching.tick()
+        if self._line.wake_at is not None and self._line.wake_at <= self._clock():
+            self._begin_next()
 
     @property
     def wake_at(self) -> float | None:
         """When to tick."""
-        both = self.receiving.wake_at, self.fetching.receiving.wake_at
-        return min((at for at in both if at is not None), default=None)
+        all_three = self.receiving.wake_at, self.fetching.receiving.wake_at, self._line.wake_at
+        return min((at for at in all_three if at is not None), default=None)

@@ -1,9 +1,9 @@
-"""Control messages on their way out: wrapped, put in one queue, published in order.
+"""Control messages on their way out: put in one queue, wrapped when it is their turn, published in order.
 
 Up to IN_FLIGHT of them wait for the broker's acknowledgement at once: a link with a round trip of seconds costs a thousand
 agents' plans some round trips, not a thousand.  MQTT keeps the order of one connection's publishes.
 
-Nobody who decides waits for the network, so saying is enqueueing.  What a lost connection swallows is not kept: both daemons
+Nobody who decides waits for the network, so saying is enqueueing; a thousand agents' plans are bytes only when they go.  What a lost connection swallows is not kept: both daemons
 say everything that still matters again on the next connection.
 """
 
@@ -36,11 +36,11 @@ class Saying:
     """One message on its way out."""
 
     topic: str
-    payload: bytes
-    qos: int = 1
+    body: Body | None
+    """None removes what is retained."""
     retain: bool = False
     is_over: bool = False
-    """The broker has it, or will never get it: it refused, or the connection ended."""
+    """The broker has it, or will never get it: it refused, the connection ended, or no receiver would take it."""
 
 
 class Outgoing:
@@ -63,20 +63,15 @@ class Outgoing:
         """The words for the case that we vanish."""
         return Will(topic, self._seal(topic, self.encode(body)))
 
-    def say(self, topic: str, body: Body, *, retain: bool = False) -> Saying | None:
-        """Publish a message after everything said before.  One that no receiver would take is named in the log instead (None)."""
-        try:
-            payload = self._seal(topic, self.encode(body))
-        except BadMessage as error:
-            logger.error("not said: %s", error, extra={"action": "publish_refused", "topic": topic})
-            return None
-        saying = Saying(topic, payload, 0 if _is_fleeting(body) else 1, retain)
+    def say(self, topic: str, body: Body, *, retain: bool = False) -> Saying:
+        """Publish a message after everything said before.  One that no receiver would take is named in the log instead."""
+        saying = Saying(topic, body, retain)
         self._queue.put_nowait(saying)
         return saying
 
     def clear(self, topic: str) -> None:
         """Remove what is retained on a topic."""
-        self._queue.put_nowait(Saying(topic, b"", retain=True))
+        self._queue.put_nowait(Saying(topic, None, retain=True))
 
     async def run(self, bus: Bus) -> None:
         """Publish what is said, until cancelled."""
@@ -89,7 +84,10 @@ class Outgoing:
 
     async def _publish(self, bus: Bus, saying: Saying) -> None:
         try:
-            await bus.publish(saying.topic, saying.payload, qos=saying.qos, retain=saying.retain)
+            payload = self._seal(saying.topic, self.encode(saying.body)) if saying.body else b""
+            await bus.publish(saying.topic, payload, qos=0 if _is_fleeting(saying.body) else 1, retain=saying.retain)
+        except BadMessage as error:
+            logger.error("not said: %s", error, extra={"action": "publish_refused", "topic": saying.topic})
         except NotConnected:
             pass
         except BusError as error:
@@ -106,5 +104,5 @@ class Outgoing:
             logger.debug("goodbye not said", extra={"action": "goodbye_failed", "error": str(error)})
 
 
-def _is_fleeting(body: Body) -> bool:
+def _is_fleeting(body: Body | None) -> bool:
     return isinstance(body, FLEETING) and not (isinstance(body, Grant) and body.by_store)

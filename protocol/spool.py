@@ -1,4 +1,6 @@
-"""Unfinished transfers on disk: a partial file and the log of the chunks in it, so that any restart resumes.
+"""Unfinished transfers on disk: a partial file and behind its data the log of the chunks in it, so that any restart resumes.
+
+    chunk 0 | chunk 1 | ... | header: digest, size and chunk of the blob | (index, checksum) | (index, checksum) | ...
 
 The state machines of a transfer do no I/O, the bus carries bytes, and somebody has to hold them in between: this module and
 the store that finished files move to (protocol/blobs.py) are the only ones besides the bus and the daemons' scaffolding that
@@ -6,9 +8,11 @@ touch the outside.
 
 The log instead of a bitmap.  Per chunk it appends eight bytes: the index, and the crc32c of the frame that brought it, so that
 nothing is computed twice.  On resume every logged chunk is read back and checked; what does not fit is simply asked for
-again.  So neither file has to be ahead of the other: killed between two writes, or after a power cut that kept the log and
+again.  So neither has to be ahead of the other: killed between two writes, or after a power cut that kept the log and
 lost the data, the worst is one more chunk on the bus.  Hence no fsync until the whole is verified, and no loss at all on
-kill -9.
+kill -9.  The log is cut off when the digest is right, and the file moves into the store as it is.
+
+One file, not two: while a disk is syncing, making one takes a millisecond, and a thousand agents come at once.
 
 What comes in order is hashed while it comes, by a thread (protocol/digesting.py); the rest, and what an earlier process left, is
 read at the end.  The digest so far lives and dies with a descriptor that holds the file (_Seen), so it can only ever speak for the file that it was made of,
@@ -32,10 +36,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from protocol.bitmap import Bitmap
-from protocol.blobs import Blobs, disk
+from protocol.blobs import Blobs, disk, extend_digest
 from protocol.digesting import Digesting
 from protocol.errors import BadMessage, IllegalMove, Unavailable
 from protocol.frames import checksum, chunk_length, n_prefix_chunks
@@ -44,7 +48,7 @@ from protocol.topics import is_id, is_xfer
 
 _HEADER = struct.Struct(">4s32sQI")  # magic, sha256, size, chunk
 _RECORD = struct.Struct(">II")  # index, checksum of its frame
-_MAGIC: Final = b"fpl2"
+_MAGIC: Final = b"fpl3"
 MAX_OPEN: Final = 64
 """Transfers whose file stays open: a thousand agents must not need a thousand descriptors."""
 _NAMES: Final = threading.Lock()
@@ -56,8 +60,8 @@ _LATEST: Final[weakref.WeakValueDictionary[Path, Partial]] = weakref.WeakValueDi
 class _Seen:
     """A partial file, held open, and the digest of what was written to it so far, in order."""
 
-    def __init__(self, data: Path) -> None:
-        file = data.open("rb", buffering=0)
+    def __init__(self, path: Path) -> None:
+        file = path.open("rb", buffering=0)
         self._stat = os.fstat(file.fileno())
         self.digesting, self.n_chunks = Digesting(file), 0
 
@@ -81,14 +85,12 @@ class Partial:
         reserve_bytes: int = 0,
         opened: Callable[[Partial], None] = lambda _: None,
     ) -> None:
-        stem = f"{owner}.{blob.xfer}"
         self.blob = blob
         self.size = blob.size if size is None else size
         self.have = Bitmap(n_prefix_chunks(blob, size))
         self._blobs, self._reserve_bytes, self._opened = blobs, reserve_bytes, opened
-        self._data = blobs.partial / f"{stem}.data"
-        self._log = blobs.partial / f"{stem}.log"
-        self._log_bytes = 0
+        self._path = blobs.partial / f"{owner}.{blob.xfer}"
+        self._log_end = blob.size + _HEADER.size
         self._seen: _Seen | None = None
         self.is_verifying = False
         with disk(blobs.folder), _NAMES:
@@ -111,13 +113,12 @@ class Partial:
             if self._reserve_bytes and shutil.disk_usage(self._blobs.folder).free < self._reserve_bytes:
                 raise OSError(errno.ENOSPC, f"{self._reserve_bytes / 1e6:.0f} MB are to stay free")
             seen = self._seen or self._look()
-            with _writing(self._data) as descriptor:
+            with _writing(self._path) as descriptor:
                 if not seen.is_of(descriptor):
                     raise FileNotFoundError(errno.ENOENT, "the unfinished file was begun anew")
                 _write_at(descriptor, data, index * self.blob.chunk)
-            with _writing(self._log) as descriptor:
-                _write_at(descriptor, _RECORD.pack(index, crc), self._log_bytes)
-        self._log_bytes += _RECORD.size
+                _write_at(descriptor, _RECORD.pack(index, crc), self._log_end)
+        self._log_end += _RECORD.size
         if index == seen.n_chunks:
             seen.digesting.add(data)
             seen.n_chunks += 1
@@ -137,7 +138,7 @@ class Partial:
             self._check_latest()
             self.is_verifying = True
         try:
-            with disk(self._blobs.folder), self._data.open("rb+", buffering=0) as file:
+            with disk(self._blobs.folder), self._path.open("rb+", buffering=0) as file:
                 found = self._verify(file, self._seen, expected)
         finally:
             self.is_verifying = False
@@ -156,37 +157,35 @@ class Partial:
         """Delete everything of this transfer; what the disk does not let go is swept later."""
         self.close()
         with suppress(OSError), _NAMES:
-            self._log.unlink(missing_ok=True)
-            self._data.unlink(missing_ok=True)
+            self._path.unlink(missing_ok=True)
 
     def _look(self) -> _Seen:
-        self._seen = _Seen(self._data)
+        self._seen = _Seen(self._path)
         self._opened(self)
         return self._seen
 
     def _verify(self, file: FileIO, seen: _Seen | None, expected: str) -> str:
         """The digest of the file, which is in the store now if it is the expected one, and nowhere otherwise."""
-        digest, n_chunks = hashlib.sha256(), 0
+        digest, n_bytes = hashlib.sha256(), 0
         if seen and seen.is_of(file.fileno()) and os.fstat(file.fileno()).st_size >= self.size:  # nobody cut it
-            digest, n_chunks = seen.digesting.settled(), seen.n_chunks
-        file.truncate(self.size)
-        file.seek(min(self.size, n_chunks * self.blob.chunk))
-        found = hashlib.file_digest(file, lambda: digest).hexdigest()
-        os.fsync(file.fileno())
+            digest, n_bytes = seen.digesting.settled(), min(self.size, seen.n_chunks * self.blob.chunk)
+        file.seek(n_bytes)
+        extend_digest(digest, file, self.size - n_bytes)
+        if (found := digest.hexdigest()) == expected:
+            file.truncate(self.size)
+            os.fsync(file.fileno())
         with _NAMES:
             self._check_latest()
-            if not os.path.samestat(os.fstat(file.fileno()), self._data.stat()):
+            if not os.path.samestat(os.fstat(file.fileno()), self._path.stat()):
                 raise Unavailable(f"{self.blob.xfer} was given up and begun anew while it was verified")
             if found == expected:
-                self._blobs.adopt(self._data, found, is_synced=True)
+                self._blobs.adopt(self._path, found, is_synced=True)
             else:
-                self._data.unlink()
-            with suppress(OSError):  # without its data the log says nothing
-                self._log.unlink(missing_ok=True)
+                self._path.unlink()
         return found
 
     def _check_latest(self) -> None:
-        if _LATEST.get(self._data, self) is not self:
+        if _LATEST.get(self._path, self) is not self:
             raise Unavailable(f"{self.blob.xfer} was begun anew before it was verified")
 
     def _length(self, index: int) -> int:
@@ -195,24 +194,27 @@ class Partial:
     def _resume(self) -> None:
         """Take over what an earlier process left, chunk by chunk as far as it can be proved."""
         header = _HEADER.pack(_MAGIC, bytes.fromhex(self.blob.sha256), self.blob.size, self.blob.chunk)
-        log = self._log.read_bytes() if self._log.exists() else b""
-        self._log_bytes = _HEADER.size
-        earlier = _LATEST.get(self._data)
-        _LATEST[self._data] = self
-        if log[: _HEADER.size] != header or (earlier and earlier.is_verifying):
-            self._data.unlink(missing_ok=True)  # what was begun before may be just being verified: it is another file
-            self._data.write_bytes(b"")
-            self._log.write_bytes(header)
-            return
-        self._data.touch()
-        with self._data.open("rb") as file:
-            for index, crc in _records(log[_HEADER.size :]):
-                self._log_bytes += _RECORD.size
-                if index < len(self.have) and index not in self.have:
-                    file.seek(index * self.blob.chunk)
-                    piece = file.read(self._length(index))
-                    if len(piece) == self._length(index) and checksum(index, piece) == crc:
-                        self.have.add(index)
+        earlier = _LATEST.get(self._path)
+        _LATEST[self._path] = self
+        with suppress(FileNotFoundError), self._path.open("rb") as file:
+            file.seek(self.blob.size)
+            is_ours = file.read(_HEADER.size) == header
+            if is_ours and not (earlier and earlier.is_verifying):
+                self._take_over(file, file.read())
+                return
+        self._path.unlink(missing_ok=True)  # what was begun before may be just being verified: it is another file
+        with self._path.open("xb") as file:
+            file.seek(self.blob.size)
+            file.write(header)
+
+    def _take_over(self, file: BinaryIO, log: bytes) -> None:
+        for index, crc in _records(log):
+            self._log_end += _RECORD.size
+            if index < len(self.have) and index not in self.have:
+                file.seek(index * self.blob.chunk)
+                piece = file.read(self._length(index))
+                if len(piece) == self._length(index) and checksum(index, piece) == crc:
+                    self.have.add(index)
 
 
 class Spool:

@@ -168,6 +168,35 @@ async def test_many_blobs_in_both_directions_at_once(start: Start, wire: Wire, t
     assert len(wire.passed) == 4 * model.n_chunks + sum(b.n_chunks for b in updates.values())
 
 
+async def test_of_many_that_offer_at_once_few_are_begun_and_all_arrive(
+    start: Start, wire: Wire, tmp_path: Path
+) -> None:
+    cloud = await start(budget_bytes=8 * CHUNK)  # so two may be begun, and three are verified at a time
+    agents = [await start(f"a{n}") for n in range(12)]
+    updates = {a.name: a.have(a_file(tmp_path, 12 * CHUNK, seed=n)) for n, a in enumerate(agents)}
+    n_begun: list[int] = []
+    wire.at = dict.fromkeys(range(12 * 12), lambda: n_begun.append(len(cloud.unfinished())))
+    for agent in agents:
+        cloud.pull(agent.name, updates[agent.name])
+    found = [await cloud.ended() for _ in agents]
+    assert {end.peer: end.sha256 for end in found if isinstance(end, Pulled)} == {
+        a: b.sha256 for a, b in updates.items()
+    }
+    assert max(n_begun) <= 2 + 3
+    assert len(wire.passed) == 12 * 12
+    assert cloud.exchange.wake_at is None
+
+
+async def test_who_is_silent_does_not_keep_others_waiting_for_long(start: Start, tmp_path: Path) -> None:
+    cloud = await start(budget_bytes=8 * CHUNK, max_tries=2**60, **IMPATIENT)
+    agent = await start("a1")
+    blob = agent.have(a_file(tmp_path, 12 * CHUNK))
+    for name in ("gone-1", "gone-2"):
+        cloud.pull(name, Blob(sha256=name[-1] * 64, size=8 * CHUNK, chunk=CHUNK))
+    cloud.pull("a1", blob)
+    assert await cloud.pulled(blob.sha256) == Random(1).randbytes(blob.size)
+
+
 async def test_a_small_agent_pulls_a_prefix(start: Start, wire: Wire, tmp_path: Path) -> None:
     cloud, agent = await start(), await start("a1")
     model = cloud.have(a_file(tmp_path, 20 * CHUNK))
@@ -505,7 +534,7 @@ def largest_file(n_bytes: int) -> Iterator[None]:
 async def test_a_disk_that_refuses_is_temporary_and_resumes(start: Start, wire: Wire, tmp_path: Path) -> None:
     cloud, agent = await start(), await start("a1")
     blob = agent.have(a_file(tmp_path, 20 * CHUNK))
-    with largest_file(5 * CHUNK):
+    with largest_file(20 * CHUNK + 48 + 5 * 8):  # behind the data its log, which has room for five chunks
         cloud.pull("a1", blob)
         end = await cloud.lost()
     assert end.temporary

@@ -7,17 +7,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.blobs import Blobs
+from protocol import digesting
+from protocol import spool as spool_module
+from protocol.blobs import Blobs, extend_digest
 from protocol.errors import BadMessage, IllegalMove, Unavailable
 from protocol.frames import carried_checksum, decode_frame, encode_frame
 from protocol.messages import Blob
@@ -45,8 +48,8 @@ def spool(tmp_path: Path) -> Spool:
     return Spool(Blobs(tmp_path / "blobs"))
 
 
-def files(spool: Spool) -> dict[str, Path]:
-    return {path.suffix: path for path in spool.blobs.partial.iterdir()}
+def files(spool: Spool) -> list[Path]:
+    return list(spool.blobs.partial.iterdir())
 
 
 def test_chunks_in_any_order_make_the_file(spool: Spool) -> None:
@@ -58,7 +61,7 @@ def test_chunks_in_any_order_make_the_file(spool: Spool) -> None:
     path = partial.finish()
     assert path == spool.blobs.path(BLOB.sha256)
     assert path.read_bytes() == DATA
-    assert files(spool) == {}
+    assert files(spool) == []
 
 
 def test_a_restart_resumes_with_every_chunk_that_was_written(spool: Spool) -> None:
@@ -76,7 +79,9 @@ def test_killed_between_any_two_chunks_nothing_is_lost(spool: Spool) -> None:
     script = f"""
 import os, signal, sys
 from pathlib import Path
-from protocol.blobs import Blobs
+from protocol import digesting
+from protocol import spool as spool_module
+from protocol.blobs import Blobs, extend_digest
 from protocol.messages import Blob
 from protocol.spool import Spool
 blob = Blob(sha256={BLOB.sha256!r}, size={BLOB.size}, chunk={CHUNK})
@@ -98,7 +103,7 @@ def test_whatever_the_crash_left_only_true_chunks_are_resumed(
 ) -> None:
     spool = Spool(Blobs(tmp_path_factory.mktemp("spool")))
     put(spool.open(BLOB), *data.draw(st.lists(st.integers(0, 10), unique=True)))
-    for path in files(spool).values():
+    for path in files(spool):
         content = bytearray(path.read_bytes())
         for _ in range(data.draw(st.integers(0, 3))):
             if content:
@@ -139,7 +144,7 @@ def test_wrong_bytes_are_found_out_deleted_and_can_be_asked_for_again(spool: Spo
     partial.write(10, bytes(77))
     with pytest.raises(BadMessage, match="ask again"):
         partial.finish()
-    assert files(spool) == {}
+    assert files(spool) == []
     assert list(spool.blobs) == []
     again = spool.open(BLOB)
     assert here(again) == []
@@ -183,7 +188,7 @@ def test_what_is_given_up_leaves_nothing(spool: Spool) -> None:
     put(partial, 1)
     partial.discard()
     partial.discard()
-    assert files(spool) == {}
+    assert files(spool) == []
 
 
 @pytest.mark.parametrize("sha256", ["../" * 20 + "x" * 4, "A" * 64, "a" * 31])
@@ -192,7 +197,7 @@ def test_a_name_that_is_no_digest_never_reaches_the_disk(spool: Spool, sha256: s
         spool.open(Blob(sha256=sha256, size=1))
     with pytest.raises(BadMessage):
         spool.open(BLOB, owner="../x")
-    assert files(spool) == {}
+    assert files(spool) == []
 
 
 def test_too_big_a_blob_is_refused_before_anything_is_written(spool: Spool) -> None:
@@ -222,7 +227,7 @@ def largest_file(n_bytes: int) -> Iterator[None]:
 def test_a_full_disk_is_said_clearly_and_corrupts_nothing(spool: Spool) -> None:
     partial = spool.open(BLOB)
     put(partial, 0, 1)
-    with largest_file(3 * CHUNK + 100):
+    with largest_file(files(spool)[0].stat().st_size + 8):  # room for the record of one chunk
         assert put(partial, 2) == [True]
         with pytest.raises(Unavailable, match="make room"):
             put(partial, 3)
@@ -237,7 +242,7 @@ def test_a_log_that_could_not_grow_is_continued_in_the_right_place(spool: Spool)
     crumbs = Blob(sha256=hashlib.sha256(b"abcdefgh").hexdigest(), size=8, chunk=1)  # its log outgrows its data
     partial = spool.open(crumbs)
     partial.write(0, b"a")
-    with largest_file(files(spool)[".log"].stat().st_size + 3):
+    with largest_file(files(spool)[0].stat().st_size + 3):
         with pytest.raises(Unavailable):
             partial.write(1, b"b")
         assert here(partial) == here(spool.open(crumbs)) == [0]
@@ -253,17 +258,16 @@ def test_what_is_given_up_while_it_is_verified_does_not_become_another_file(
     """A file is hashed in a thread; meanwhile its transfer may be stopped, and wanted again."""
     first, later = spool.open(BLOB), []
     put(first, *range(11))
-    digest = hashlib.file_digest
 
-    def slowly(*given: object) -> object:
-        found = digest(*given)  # type: ignore[arg-type]
+    def slowly(*given: Any) -> int:
+        found = extend_digest(*given)
         first.discard()
         if begun_anew:
             later.append(spool.open(BLOB))
         return found
 
     with monkeypatch.context() as hashing:
-        hashing.setattr(hashlib, "file_digest", slowly)
+        hashing.setattr(spool_module, "extend_digest", slowly)
         with pytest.raises(Unavailable):
             first.finish()
     assert not spool.blobs.has(BLOB.sha256), "an empty file with the digest of a whole one"
@@ -279,17 +283,16 @@ def test_a_larger_prefix_that_is_begun_while_the_smaller_is_verified_does_not_gr
     size = 3 * CHUNK
     small, later = spool.open(BLOB, size=size), []
     put(small, 0, 1, 2)
-    digest = hashlib.file_digest
 
-    def slowly(*given: object) -> object:
-        found = digest(*given)  # type: ignore[arg-type]
+    def slowly(*given: Any) -> int:
+        found = extend_digest(*given)
         later.append(spool.open(BLOB))
         put(later[0], 3, 4)
         return found
 
     wanted = hashlib.sha256(DATA[:size]).hexdigest()
     with monkeypatch.context() as hashing:
-        hashing.setattr(hashlib, "file_digest", slowly)
+        hashing.setattr(spool_module, "extend_digest", slowly)
         with pytest.raises(Unavailable, match="begun anew"):
             small.finish(wanted)
     assert not spool.blobs.has(wanted)
@@ -334,9 +337,12 @@ def test_a_wrong_digest_or_a_disk_that_refuses_keeps_nothing_open(spool: Spool) 
         partial.finish()
     gone = spool.open(BLOB)
     put(gone, *range(11))
-    files(spool)[".data"].unlink()
+    files(spool)[0].unlink()
     with pytest.raises(Unavailable):
         gone.finish()
+    hashed = threading.Event()
+    digesting._waiting.put((lambda _: hashed.set(), b""))  # a piece that still waits holds its file
+    assert hashed.wait(60)
     assert n_open(spool) == 0
 
 
@@ -347,14 +353,14 @@ def test_a_wrong_digest_or_a_disk_that_refuses_keeps_nothing_open(spool: Spool) 
 def test_only_what_came_out_of_order_is_read_again(
     spool: Spool, monkeypatch: pytest.MonkeyPatch, order: list[int], n_read: int
 ) -> None:
-    partial, digest, read_from = spool.open(BLOB), hashlib.file_digest, []
+    partial, read_from = spool.open(BLOB), []
 
-    def watched(file: BinaryIO, *given: object) -> object:
+    def watched(state: Any, file: BinaryIO, n_bytes: int) -> int:
         read_from.append(file.tell())
-        return digest(file, *given)  # type: ignore[arg-type]
+        return extend_digest(state, file, n_bytes)
 
     put(partial, *order)
-    monkeypatch.setattr(hashlib, "file_digest", watched)
+    monkeypatch.setattr(spool_module, "extend_digest", watched)
     assert partial.finish().read_bytes() == DATA
     assert read_from == [len(DATA) if n_read == 0 else (11 - n_read) * CHUNK]
 
@@ -362,7 +368,7 @@ def test_only_what_came_out_of_order_is_read_again(
 def test_a_digest_does_not_speak_for_what_was_cut_off_since(spool: Spool) -> None:
     partial = spool.open(BLOB)
     put(partial, *range(11))
-    os.truncate(files(spool)[".data"], 3 * CHUNK)
+    os.truncate(files(spool)[0], 3 * CHUNK)
     with pytest.raises(BadMessage, match="ask again"):
         partial.finish()
     assert list(spool.blobs) == []
@@ -383,3 +389,18 @@ def test_the_checksum_of_a_frame_is_the_one_that_a_resume_trusts(spool: Spool) -
         partial.write(*decode_frame(frame), carried_checksum(frame))
     partial.write(5, piece(5), 77)
     assert here(spool.open(BLOB)) == [0, 3, 10], "what does not fit its checksum is asked for again"
+
+
+def test_killed_while_it_is_verified_nothing_is_lost(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> int:
+        raise SystemExit
+
+    partial = spool.open(BLOB)
+    put(partial, *reversed(range(11)))
+    with monkeypatch.context() as hashing:
+        hashing.setattr(spool_module, "extend_digest", killed)
+        with pytest.raises(SystemExit):
+            partial.finish()
+    again = Spool(Blobs(spool.blobs.folder)).open(BLOB)
+    assert here(again) == list(range(11))
+    assert again.finish().read_bytes() == DATA
