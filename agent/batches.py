@@ -119,7 +119,8 @@ def _shuffled(examples: Sequence[Example], seed: str) -> list[Example]:
 def summed_loss(model: Any, batch: Batch) -> torch.Tensor:
     """Forward pass: the sum of -log p over the batch's targets, a scalar with gradient.
 
-    Cost: two fp32 copies of the logits, rows x longest x vocabulary.
+    Logits are formed where a token is a target and nowhere else: a prompt and the fill cost none, which with a vocabulary of
+    100,000 is most of the memory of a short answer.  Cost: two fp32 copies of them, targets x vocabulary.
     """
     return _summed_loss(*_predicted(model, batch))
 
@@ -128,24 +129,40 @@ def token_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """`summed_loss`, and how many targets were the likeliest token: one more look at all logits."""
     logits, labels = _predicted(model, batch)
     with torch.no_grad():
-        hits = (logits.argmax(-1) == labels).sum()  # an ignored label is no token, so it never hits
+        hits = (logits.argmax(-1) == labels).sum()
     return _summed_loss(logits, labels), hits
 
 
 def _predicted(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (rows * longest, vocabulary) and the label that each of them predicts (rows * longest,)."""
+    """Logits (targets, vocabulary) and the token that each of them predicts (targets,)."""
     device = model.device
     move = {"non_blocking": device.type == "cuda"}
-    logits = model(
-        input_ids=batch.ids.to(device, **move),
-        attention_mask=None if batch.mask is None else batch.mask.to(device, **move),
-        position_ids=None if batch.positions is None else batch.positions.to(device, **move),
-        use_cache=False,
-    ).logits.flatten(0, 1)
     # The label moves to the position that predicts it; shifting labels instead of logits saves a copy of the logits.
-    labels = functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED).flatten().to(device, **move)
-    return logits, labels
+    following = functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED).flatten()
+    at = (following != IGNORED).nonzero().flatten()
+    labels, at = following[at].to(device, **move), at.to(device, **move)
+    is_picked = False
+
+    def pick(_head: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        nonlocal is_picked
+        is_picked = True
+        hidden, *others = inputs
+        return hidden.flatten(0, 1).index_select(0, at).unsqueeze(0), *others
+
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(pick) if head is not None else None
+    try:
+        logits = model(
+            input_ids=batch.ids.to(device, **move),
+            attention_mask=None if batch.mask is None else batch.mask.to(device, **move),
+            position_ids=None if batch.positions is None else batch.positions.to(device, **move),
+            use_cache=False,
+        ).logits
+    finally:
+        if hook is not None:
+            hook.remove()
+    return logits[0] if is_picked else logits.flatten(0, 1).index_select(0, at), labels
 
 
 def _summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    return functional.cross_entropy(logits.float(), labels, reduction="sum")

@@ -63,10 +63,12 @@ class Setting(NamedTuple):
     bits: Bits
     batch: int
     max_tokens: int
+    has_prompts: bool = False
+    """Half of the text is prompts, which are read and not learnt; otherwise every token is learnt."""
 
     def __str__(self) -> str:
         """As the table shows it."""
-        return f"{self.base}, {self.bits}, {self.batch} x {self.max_tokens}"
+        return f"{self.base}, {self.bits}, {self.batch} x {self.max_tokens}" + ", prompts" * self.has_prompts
 
 
 class Spent(NamedTuple):
@@ -105,7 +107,7 @@ SETTINGS: Final = [
     Setting(base, bits, *shape)
     for base in ("demo", "512 x 4")
     for bits in ("none", "nf4")
-    for shape in ((8, 96), (4, 256))
+    for shape in ((8, 96), (4, 256), (4, 256, True))
 ]
 
 
@@ -278,11 +280,15 @@ def larger(demo: Path, folder: Path) -> Path:
     return folder
 
 
-def write_text(pairs: Sequence[Pair], path: Path, max_tokens: int) -> Path:
-    """Put `pairs` together to examples of about `max_tokens`."""
+def write_text(pairs: Sequence[Pair], path: Path, max_tokens: int, *, has_prompts: bool) -> Path:
+    """Put `pairs` together to examples of about `max_tokens`, with their prompts in front of all, or as a part of the text."""
     n = max_tokens // PAIR_TOKENS
-    joined = (pairs[at : at + n] for at in range(0, len(pairs) - n + 1, n))
-    corpus.write_jsonl([Pair("", "\n".join(p.prompt + p.completion for p in some)) for some in joined], path)
+    joined = [pairs[at : at + n] for at in range(0, len(pairs) - n + 1, n)]
+    if has_prompts:
+        texts = [Pair("".join(p.prompt for p in some), "".join(p.completion for p in some)) for some in joined]
+    else:
+        texts = [Pair("", "\n".join(p.prompt + p.completion for p in some)) for some in joined]
+    corpus.write_jsonl(texts, path)
     return path
 
 
@@ -326,12 +332,15 @@ def main() -> None:
         bases = {"demo": demo, "512 x 4": larger(demo, folder / "larger")}
         pairs = corpus.mine(corpus.STDLIB, limit=N_PAIRS)
         wanted = [s for s in SETTINGS if str(s).startswith(options.only)]
-        texts = {n: write_text(pairs, folder / f"{n}.jsonl", n) for n in {s.max_tokens for s in wanted}}
+        texts = {
+            (n, prompts): write_text(pairs, folder / f"{n}-{prompts}.jsonl", n, has_prompts=prompts)
+            for n, prompts in {(s.max_tokens, s.has_prompts) for s in wanted}
+        }
         if not options.json:
             print(HEAD)
         rows = []
         for setting in wanted:
-            rows.append(measured(setting, bases[setting.base], texts[setting.max_tokens], options))
+            rows.append(measured(setting, bases[setting.base], texts[setting.max_tokens, setting.has_prompts], options))
             if not options.json:
                 _print(rows[-1])
     if options.json:

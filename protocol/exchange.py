@@ -304,9 +304,9 @@ class Exchange:
     def remaining(self, peer: str, xfer: str) -> int | None:
         """Chunks still to come, for display; None if it is not being pulled, nor waits for it."""
         pull = self._pulls.get((peer, xfer))
-        if pull is None or pull.partial is None:
-            return None if pull is None else pull.blob.n_chunks
-        return len(pull.partial.have) - pull.partial.have.count
+        if pull is None:
+            return None
+        return len(pull.partial.have) - pull.partial.have.count if pull.partial else pull.blob.n_chunks
 
     @property
     def received_bytes(self) -> dict[str, int]:

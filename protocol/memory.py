@@ -7,7 +7,8 @@
                       fp32   16h + 12f + 8kv, and 4 d_in, shared by the matrices that read the same input
                   and 4 r for each trained matrix
                   with checkpointing only each block's input (h items), plus the largest block while it is recomputed
-    logits        8 V per token: kept in fp32 for the gradient, and once more while it is formed
+    logits        8 V per token: kept in fp32 for the gradient, and once more while it is formed; an upper bound, since they are
+                  formed for targets alone (agent/batches.py)
     work          the largest matrix once, dequantized
 
 The activation counts are exact fits of the tensors that autograd saves for Llama-like layers under torch 2.13 and PEFT 0.21.

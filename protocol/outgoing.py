@@ -3,8 +3,8 @@
 Up to IN_FLIGHT of them wait for the broker's acknowledgement at once: a link with a round trip of seconds costs a thousand
 agents' plans some round trips, not a thousand.  MQTT keeps the order of one connection's publishes.
 
-Nobody who decides waits for the network, so saying is enqueueing; a thousand agents' plans are bytes only when they go.  What a lost connection swallows is not kept: both daemons
-say everything that still matters again on the next connection.
+Nobody who decides waits for the network, so saying is enqueueing; a thousand agents' plans are bytes only when they go.  What a
+lost connection swallows is not kept: both daemons say everything that still matters again on the next connection.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from msgspec import structs
 
 from agent.batches import Batch
 from agent.child import Stepped
+from agent.data.tokens import IGNORED
 from agent.loading import Loaded, matrices
 from agent.trainers import TrainingFailed
 from agent.trainers.loop import MicroBatch, fit
@@ -340,13 +341,15 @@ def _half(batch: Batch) -> Batch:
     def cut(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor[:, :n]
 
-    labels = batch.labels[:, :n]
+    ids, labels = batch.ids[:, :n], batch.labels[:, :n].clone()
+    prompts = (labels[:, 1:] == IGNORED).all(dim=1)
+    labels[prompts, -1] = ids[prompts, -1]  # without an answer a row would have no loss
     return batch._replace(
-        ids=batch.ids[:, :n],
-        labels=torch.where(labels < 0, batch.ids[:, :n], labels),  # a prompt without an answer would have no loss
+        ids=ids,
+        labels=labels,
         mask=cut(batch.mask),
         positions=cut(batch.positions),
-        n_targets=batch.ids[:, :n].numel(),
+        n_targets=int((labels[:, 1:] != IGNORED).sum()),
     )
 
 

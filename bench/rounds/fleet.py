@@ -6,10 +6,10 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 import tomli_w
@@ -22,6 +22,8 @@ from fedpipe.client import Coordinator
 from fedpipe.cluster import Cluster, port_open
 from protocol.errors import Unavailable
 from protocol.messages import Matrix
+
+T = TypeVar("T")
 
 RANK: Final = 8
 ROOT: Final = Path(__file__).parents[2]
@@ -131,25 +133,28 @@ class Fleet:
         with Coordinator(f"http://127.0.0.1:{self.port}") as client:
             await asyncio.to_thread(client.submit, text)
 
-    async def look(self, name: str, known: JobView | None = None) -> JobView | None:
-        """The job as the API shows it, of which only what is not in an earlier view is told; None while nobody answers."""
-        try:
-            with Coordinator(f"http://127.0.0.1:{self.port}") as client:
-                return await asyncio.to_thread(client.job, name, known)
-        except Unavailable:
-            return None
+    async def look(self, name: str) -> JobView | None:
+        """The job as the API shows it; None while nobody answers."""
+        return await self._ask(lambda client: client.job(name))
 
     async def ended(self, name: str, *, every_s: float = 1.0) -> JobView:
-        """Wait for the end of a job, asking seldom: an answer costs the coordinator time that would be counted."""
-        known: JobView | None = None
+        """Wait for the end of a job, asking seldom and for little: an answer costs the coordinator time that would be counted."""
         async with asyncio.timeout(LIMIT_S):
             while True:
-                known = await self.look(name, known) or known
-                if known is not None and known.phase in ENDED:
-                    if known.phase != "completed":
-                        raise Unavailable(f"job {name} ended as {known.phase}: {known.reason}")
-                    return known
+                for known in await self._ask(Coordinator.jobs) or []:
+                    if known.name == name and known.phase in ENDED:
+                        if known.phase != "completed":
+                            raise Unavailable(f"job {name}: {known.text}")
+                        if (job := await self.look(name)) is not None:
+                            return job
                 await asyncio.sleep(every_s)
+
+    async def _ask(self, question: Callable[[Coordinator], T]) -> T | None:
+        try:
+            with Coordinator(f"http://127.0.0.1:{self.port}") as client:
+                return await asyncio.to_thread(question, client)
+        except Unavailable:
+            return None
 
 
 def job(name: str, method: str, n_rounds: int, n_agents: int, max_rank: int) -> Mapping[str, Any]:

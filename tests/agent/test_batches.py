@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from agent import loading
-from agent.batches import endless, pack, pad, token_losses
+from agent.batches import endless, pack, pad, summed_loss, token_losses
 from agent.data import Example
 from agent.data.tokens import IGNORED, encode
 from protocol.messages import Training
@@ -60,6 +60,34 @@ def test_the_loss_is_torchs_own(model: Any, tokenizer: Any) -> None:
     theirs = model(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels, use_cache=False)
     torch.testing.assert_close(loss / batch.n_targets, theirs.loss)
     assert hits == (theirs.logits[:, :-1].argmax(-1) == batch.labels[:, 1:]).sum()
+
+
+def test_logits_are_formed_where_a_token_is_a_target_and_the_gradient_is_torchs_own(model: Any, tokenizer: Any) -> None:
+    batch = pad([encode(Example(b"", *text), tokenizer, 64) for text in TEXTS], tokenizer.pad_token_id)
+    shapes: list[tuple[int, ...]] = []
+    head = model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda _head, _inputs, logits: shapes.append(tuple(logits.shape)))
+    weight = next(model.parameters()).requires_grad_()
+    try:
+        (ours,) = torch.autograd.grad(summed_loss(model, batch), weight)
+        whole = {"input_ids": batch.ids, "attention_mask": batch.mask, "labels": batch.labels, "use_cache": False}
+        (theirs,) = torch.autograd.grad(model(**whole).loss * batch.n_targets, weight)
+    finally:
+        hook.remove()
+        weight.requires_grad_(False)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    vocabulary = model.config.vocab_size
+    assert shapes == [(1, batch.n_targets, vocabulary), (*batch.ids.shape, vocabulary)]
+    assert batch.n_targets < batch.ids.numel()
+
+
+def test_a_model_that_does_not_name_its_head_has_the_same_loss(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = pad([encode(Example(b"", *text), tokenizer, 64) for text in TEXTS], tokenizer.pad_token_id)
+    expected = summed_loss(model, batch)
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
+    torch.testing.assert_close(summed_loss(model, batch), expected)
 
 
 @pytest.mark.parametrize("packing", [False, True])
