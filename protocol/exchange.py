@@ -117,7 +117,7 @@ class Exchange:
         self._bus, self._spool, self._clock = bus, spool, clock
         self._say, self._chunk_topic, self._source, self._outcome = say, chunk_topic, source, outcome
         self._pulls: dict[tuple[str, str], _Pull] = {}
-        self._line = Line(receiving.budget_bytes)
+        self._line = Line(receiving.budget_bytes, lambda key: receiving.silent_since(*key))
         self._blob_topic = blob_topic
         self._heard: set[str] = set()
         self._ears = asyncio.Event()
@@ -263,9 +263,7 @@ class Exchange:
             self._ends.put_nowait((pull, pull.lost(str(error))))
             return
         if not pull.by_store:
-            now = self._clock()
-            self._line.moved((peer, xfer), now)
-            self._perform(self.receiving.chunk(peer, xfer, index, len(data), now, heard=heard))
+            self._perform(self.receiving.chunk(peer, xfer, index, len(data), self._clock(), heard=heard))
         elif is_new:
             self.fetching.wrote(peer, xfer, index, pull.partial.have)
 

@@ -46,6 +46,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from math import inf
 from typing import Final
 
 import msgspec
@@ -274,6 +275,13 @@ class Receiving:
         """Chunks still to come, for display; None if it is not open."""
         transfer = self._open.get((peer, xfer))
         return None if transfer is None else transfer.wanted.count + len(transfer.out)
+
+    def silent_since(self, peer: str, xfer: str) -> float | None:
+        """Since when a transfer has credit and brings nothing: for ever, once time ran out; None if it waits for credit."""
+        transfer = self._open.get((peer, xfer))
+        if transfer is None or not (transfer.out or transfer.tries):
+            return None
+        return -inf if transfer.tries else transfer.moved_at
 
     # ------------------------------------------------------------------------------------------------------- credit
 

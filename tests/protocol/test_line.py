@@ -1,4 +1,4 @@
-"""Which transfers begin: so many as can use the credit twice over, in the order in which they came, whoever stands still."""
+"""Which transfers begin: so many as can use the credit twice over, in the order in which they came, whoever is silent."""
 
 from itertools import count
 
@@ -15,8 +15,12 @@ def keys(n: int) -> list[Key]:
     return [(f"a{number}", "x") for number in range(n)]
 
 
-def full_line(n: int, n_bytes: int) -> Line:
-    line = Line(BUDGET)
+class Senders(dict[Key, float]):
+    """Since when each has credit and brings nothing."""
+
+
+def full_line(n: int, n_bytes: int, silent: Senders | None = None) -> Line:
+    line = Line(BUDGET, (Senders() if silent is None else silent).get)
     for key in keys(n):
         line.join(key, n_bytes)
     return line
@@ -43,32 +47,31 @@ def test_one_that_leaves_the_line_is_not_begun() -> None:
     assert line.begin(0.0) == [key for key in keys(5) if key != keys(6)[1]]
 
 
-def test_who_stands_still_keeps_nobody_waiting() -> None:
-    line = full_line(6, 50)
+def test_who_has_credit_and_brings_nothing_keeps_nobody_waiting() -> None:
+    silent = Senders()
+    line = full_line(7, 50, silent)
     first = line.begin(0.0)
-    line.moved(first[0], 1.0)
+    silent |= {first[0]: 0.0, first[1]: 0.5, first[2]: STILL_S}
     assert line.wake_at == STILL_S
     assert line.begin(STILL_S - 0.01) == []
-    assert line.begin(STILL_S) == keys(6)[4:], "three of four brought nothing"
-    line.moved(first[1], STILL_S)
+    assert line.begin(STILL_S) == keys(7)[4:5]
+    assert line.begin(STILL_S + 0.5) == keys(7)[5:6]
+    assert line.begin(2 * STILL_S) == keys(7)[6:7]
     assert line.wake_at is None, "nobody waits"
 
 
-def test_the_one_that_moves_keeps_its_place() -> None:
+def test_who_waits_for_credit_keeps_its_place_however_long_that_takes() -> None:
     line = full_line(5, 50)
     line.begin(0.0)
-    for now in range(100):
-        assert line.begin(float(now)) == []
-        for key in keys(4):
-            line.moved(key, float(now))
+    assert [line.begin(float(now)) for now in range(1000)] == [[]] * 1000
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from(["join", "leave", "moved", "begin"]), st.integers(0, 7), st.integers(1, 120)))
+    st.lists(st.tuples(st.sampled_from(["join", "leave", "silent", "begin"]), st.integers(0, 7), st.integers(1, 120)))
 )
 def test_whatever_happens_no_more_is_begun_than_fits_and_nobody_is_forgotten(steps: list[tuple[str, int, int]]) -> None:
-    line, waiting, clock = Line(BUDGET), dict[Key, int](), count(step=0.5)
-    places: dict[Key, tuple[int, float]] = {}
+    silent, waiting, places, clock = Senders(), dict[Key, int](), dict[Key, int](), count(step=0.5)
+    line = Line(BUDGET, silent.get)
     for what, number, n_bytes in steps:
         key, now = (f"a{number}", "x"), next(clock)
         match what:
@@ -77,17 +80,15 @@ def test_whatever_happens_no_more_is_begun_than_fits_and_nobody_is_forgotten(ste
                 waiting[key] = n_bytes
             case "leave":
                 line.leave(key)
-                waiting.pop(key, None)
-                places.pop(key, None)
-            case "moved" if key in places and now - places[key][1] < STILL_S:
-                line.moved(key, now)
-                places[key] = (places[key][0], now)
+                for known in (waiting, places, silent):
+                    known.pop(key, None)
+            case "silent" if key in places:
+                silent[key] = now
             case "begin":
-                moving = {k: p for k, p in places.items() if now - p[1] < STILL_S}
                 begun = line.begin(now)
                 assert begun == list(waiting)[: len(begun)]
-                places = moving | {k: (waiting.pop(k), now) for k in begun}
-                used = sum(n for n, _ in places.values())
-                assert used <= ROOM or len(places) == 1
-                assert not waiting or used + next(iter(waiting.values())) > ROOM
+                places = {k: n for k, n in places.items() if now - silent.get(k, now) < STILL_S}
+                places |= {k: waiting.pop(k) for k in begun}
+                assert sum(places.values()) <= ROOM or len(places) == 1
+                assert not waiting or sum(places.values()) + next(iter(waiting.values())) > ROOM
                 assert (line.wake_at is None) == (not waiting)

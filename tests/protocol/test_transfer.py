@@ -190,6 +190,23 @@ def test_waiting_for_budget_is_not_the_peers_fault() -> None:
     assert (n_done, now, pool.counts.n_voided) == (10, 80, 0)
 
 
+def test_silent_is_who_has_credit_and_brings_nothing() -> None:
+    pool = Receiving(window=4, budget_bytes=4 * KIB, timeout_s=5.0)
+    what = blob(8)
+    pool.open("x", what, 3.0)
+    pool.open("y", what, 3.0)
+    assert pool.silent_since("x", A) == 3.0
+    assert pool.silent_since("y", A) is None, "it waits for credit"
+    assert pool.silent_since("z", A) is None
+    feed(pool, "x", what, 0, now=4.0)
+    assert pool.silent_since("x", A) == 4.0
+    pool.tick(9.0)
+    assert pool.silent_since("x", A) == -inf
+    assert pool.silent_since("y", A) == 9.0, "its turn has come"
+    feed(pool, "x", what, 1, now=10.0)
+    assert pool.silent_since("x", A) is None
+
+
 def test_a_new_bus_voids_all_credit_and_gives_it_again() -> None:
     pool = Receiving(window=4, max_tries=2, timeout_s=5)
     one, two = blob(6), blob(6, "b")
