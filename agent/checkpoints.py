@@ -146,14 +146,18 @@ def _read_header(file: BinaryIO) -> Header:
         raise ValueError("it is no checkpoint")
     (length,) = LENGTH.unpack_from(head, len(MAGIC))
     packed = file.read(length)
-    version = msgspec.msgpack.decode(packed, type=_Versioned).v
+    version = _versioned.decode(packed).v
     if version != VERSION:
         raise ValueError(f"it has format version {version}, this software writes {VERSION}")
-    return msgspec.msgpack.decode(packed, type=Header)
+    return _header.decode(packed)
 
 
 class _Versioned(msgspec.Struct, frozen=True):
     v: int
+
+
+_versioned: Final = msgspec.msgpack.Decoder(_Versioned)
+_header: Final = msgspec.msgpack.Decoder(Header)
 
 
 def _check_digest(file: BinaryIO) -> None:

@@ -83,11 +83,14 @@ def seal(entry: Entry) -> tuple[bytes, str]:
     return body[:-1] + _SEAL % digest.encode(), digest
 
 
+_entry: Final = msgspec.json.Decoder(Entry)
+
+
 def _opened(line: bytes) -> tuple[Entry, str]:
     """What a line says and its digest.  Raises ValueError when it is no line, or not as it was written."""
     try:
         body = line[:-_SEAL_BYTES] + b"}"
-        entry = msgspec.json.decode(body, type=Entry)
+        entry = _entry.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         raise ValueError("is not readable") from None
     digest = hashlib.sha256(body).hexdigest()

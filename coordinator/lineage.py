@@ -75,6 +75,9 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
         return f"| round | agents | samples | held-out loss |\n|---|---|---|---|\n{rows}"
 
 
+_card: Final = msgspec.json.Decoder(Card)
+
+
 def _plain(text: str) -> str:
     return " ".join(text.replace("`", "'").replace("|", "/").split())
 
@@ -102,7 +105,7 @@ def export_folder(folder: Path, card: Card) -> Iterator[Path]:
 def exported_digest(folder: Path) -> str:
     """Digest of the adapter that an export holds; empty when there is none."""
     try:
-        return msgspec.json.decode((folder / LINEAGE_FILE).read_bytes(), type=Card).adapter_sha256
+        return _card.decode((folder / LINEAGE_FILE).read_bytes()).adapter_sha256
     except (OSError, msgspec.MsgspecError):
         return ""
 

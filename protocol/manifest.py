@@ -171,18 +171,24 @@ class _Listed(msgspec.Struct):
     matrices: msgspec.Raw
 
 
-def read_header(path: Path, kind: type[H]) -> tuple[H, Contents, int]:
+# Made when this is imported, as that of every kind of header: msgspec 0.22 works a type out when it is first decoded, and while one
+# thread is at it, another that decodes the same type ends the process.  Headers are read by several at a time.
+_head: Final = msgspec.msgpack.Decoder(_Head)
+_listed: Final = msgspec.msgpack.Decoder(_Listed)
+
+
+def read_header(path: Path, kind: msgspec.msgpack.Decoder[H]) -> tuple[H, Contents, int]:
     """The header at the start of `path`, its table of contents, and its length in bytes, which is where the values start.
 
-    Raises BadUpdate for anything that is not such a header; reads and allocates in proportion to the header, not the file.
+    `kind` decodes one kind of header; it is made by a module, not by a call.  Raises BadUpdate for anything that is not such a header; reads and allocates in proportion to the header, not the file.
     """
     with path.open("rb") as file:
         packed = _first_object(file)
     try:
         if (found := _version(packed)) != VERSION:
             raise BadUpdate(f"file version {found} is not {VERSION}: upgrade the older side")
-        header = msgspec.msgpack.decode(packed, type=kind)
-        contents = _contents(bytes(msgspec.msgpack.decode(packed, type=_Listed).matrices))
+        header = kind.decode(packed)
+        contents = _contents(bytes(_listed.decode(packed).matrices))
     except (msgspec.DecodeError, UnicodeDecodeError, OverflowError, RecursionError) as error:
         raise BadUpdate(f"invalid header: {error}"[:400]) from None
     return msgspec.structs.replace(header, matrices=contents.raw), contents, len(packed)
@@ -201,6 +207,6 @@ def _first_object(file: BinaryIO) -> bytes:
 
 def _version(packed: bytes) -> int | str:
     try:
-        return msgspec.msgpack.decode(packed, type=_Head).v
+        return _head.decode(packed).v
     except msgspec.ValidationError as error:
         return f"({error})"[:80]

@@ -42,6 +42,9 @@ class ModelHeader(Header, frozen=True, kw_only=True):
     matrices: msgspec.Raw
 
 
+_header: Final = msgspec.msgpack.Decoder(ModelHeader)
+
+
 def write_model(path: Path, adapter: Adapter, *, version: int, dtype: Wire) -> list[Level]:
     """Write `adapter`, in canonical form, and return where each level ends: rank 0 (the header alone) up to the whole.
 
@@ -94,7 +97,7 @@ def _open(path: Path, max_bytes: int) -> tuple[ModelHeader, Contents, list[int]]
     size = path.stat().st_size
     if size > max_bytes:
         raise BadUpdate(f"model of {size} bytes exceeds the {max_bytes} that were announced")
-    header, contents, end = manifest.read_header(path, ModelHeader)
+    header, contents, end = manifest.read_header(path, _header)
     ends = [end]
     while ends[-1] < size and (members := [found for found in _groups(contents) if found[0].rank >= len(ends)]):
         n_values = sum((group.stop - group.start) * sum(entry.shape) for entry, group in members)

@@ -64,6 +64,9 @@ class LoraHeader(Header, frozen=True, kw_only=True):
     """By matrix, in the order of `matrices`, or none at all."""
 
 
+_header: Final = msgspec.msgpack.Decoder(LoraHeader)
+
+
 @dataclass(frozen=True, slots=True)
 class LoraUpdate:
     """An update in low-rank factors on disk.  Holds the header and the places, no file descriptor and no values."""
@@ -79,7 +82,7 @@ class LoraUpdate:
     def open(cls, path: Path, *, max_bytes: int) -> LoraUpdate:
         """Read the header and check that the file is exactly as long as it says.  Raises BadUpdate, OSError."""
         size = _size_within(path, max_bytes)
-        header, contents, end = manifest.read_header(path, LoraHeader)
+        header, contents, end = manifest.read_header(path, _header)
         if header.scores and len(header.scores) != len(contents.entries):
             raise BadUpdate(f"{len(header.scores)} lists of scores for {len(contents.entries)} matrices")
         _check_scores(header.scores)
