@@ -10,8 +10,11 @@ The d_out x d_in product is never formed.  With thin QR decompositions B = Q_B R
 
     B A = Q_B (R_B R_A^T) Q_A^T,     and only the small core R_B R_A^T needs an SVD.
 
-A tall side is decomposed in blocks of rows, and then the R of all blocks (TSQR: Demmel, Grigori, Hoemmen and Langou, 2012, SIAM
-J. Sci. Comput. 34(1)): as stable as one decomposition, and what LAPACK and numpy copy is a block.
+Where the columns of a side are independent enough, R is the Cholesky factor of their Gram matrix and Q is never formed: one
+product at the processor's full rate, and no copy.  How independent they are is known from the factor itself, before anything is
+lost.  Where they are not (an agent twice, a term that undoes another), a tall side is decomposed by reflections in blocks of
+rows, and then the R of all blocks (TSQR: Demmel, Grigori, Hoemmen and Langou, 2012, SIAM J. Sci. Comput. 34(1)): as stable as
+one decomposition, and what LAPACK and numpy copy is a block.
 
 Everything here runs in float64: same input, same machine and same number of BLAS threads give the same bits.  The sign of a
 component, which an SVD leaves open, is fixed by making the largest entry of its column of U positive.
@@ -24,7 +27,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, groupby, pairwise, repeat, starmap
 from operator import lt
-from typing import Any, Final, NamedTuple, Self, TypeAlias, TypeVar
+from typing import Any, Final, Self, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +35,7 @@ import numpy.typing as npt
 from protocol.tensors import F32
 
 F64 = npt.NDArray[np.float64]
+Floats: TypeAlias = F32 | F64
 E = TypeVar("E")
 
 Rows: TypeAlias = tuple[slice, slice]
@@ -45,8 +49,17 @@ FEW_VALUES: Final = 2**17
 NOISE: Final = float(np.finfo(np.float32).eps)
 """Components this much smaller than the largest lie below what float32 factors can express: they are dropped."""
 
+GRAM_ROWS: Final = 256
+"""Rows that are made float64 at a time: enough for a product at full rate, few enough for a processor's cache."""
+
 QR_ROWS: Final = 1024
 """Rows of a block, at least."""
+
+DEPENDENT: Final = 1e3
+"""Columns of length 1 whose Cholesky factor has an inverse with a larger norm are taken for dependent.
+
+What its Q lacks of being orthonormal is at most the square of that, in roundings of float64: 1e-10, where float32 shows 1e-7.
+"""
 
 ROUNDING: Final = 64 * float(np.finfo(np.float64).eps)
 """Components this much smaller than the terms of a sum are what rounding leaves where the terms cancel: dropped too."""
@@ -144,6 +157,12 @@ def few(whole: slice, n_values: int) -> Iterator[slice]:
     return (slice(at, min(at + n, whole.stop)) for at in range(whole.start, whole.stop, n))
 
 
+def _copied_together(whole: slice, first: Factors) -> Iterator[slice]:
+    """Parts of matrices like the first: of larger ones a copy would cost more memory than it saves calls."""
+    n_values = first.a.size + first.b.size
+    return few(whole, n_values if n_values < FEW_VALUES // 8 else FEW_VALUES)
+
+
 def bands(rank: int, shape: tuple[int, int]) -> Iterator[Rows]:
     """All rows of one matrix's A (rank, d_in) and B (d_out, rank) in parts of about `FEW_VALUES`, or a row of A that has more."""
     n = max(1, -(-rank * sum(shape) // FEW_VALUES))
@@ -177,7 +196,7 @@ class Stacks(Mapping[str, Factors]):
         found = [
             part
             for whole in alike(factors, lambda f: (f.a.shape, f.b.shape))
-            for part in few(whole, factors[whole.start].a.size + factors[whole.start].b.size)
+            for part in _copied_together(whole, factors[whole.start])
         ]
         return cls((names[part], Stack.of(factors[part])) for part in found)
 
@@ -213,6 +232,9 @@ class Stacks(Mapping[str, Factors]):
 Each: TypeAlias = Callable[..., Iterator[Any]]
 """The built-in `map`, or that of an executor."""
 
+Times: TypeAlias = Callable[[F64], F64]
+"""Multiplies by a matrix that is not formed."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Principal:
@@ -238,57 +260,82 @@ class Principal:
             return Factors(a=self.a.astype(np.float32), b=self.b.astype(np.float32))
 
 
-def principal(b: F64, a: F64, rank: int, each: Each = map) -> Principal:
-    """The best approximation of B A with at most `rank` components, in canonical form.  What is in b and a is lost.
+def principal(b: Floats, a: Floats, rank: int, *, scale: F64 | float = 1.0, each: Each = map) -> Principal:
+    """The best approximation of B diag(scale) A with at most `rank` components, in canonical form.
 
-    Shapes: b (d_out, R), a (R, d_in), any R, also above d_out or d_in.  `each` does the two sides: one after the other, or at
-    a time.  Cost: O((d_in + d_out) R^2 + R^3) time, and memory for the result and for some copies of a block (of a side that
-    is not tall, of the side).
+    Shapes: b (d_out, R), a (R, d_in), scale (R,) or one for all; any R, also above d_out or d_in.  `each` does the two sides:
+    one after the other, or at a time.  Cost: O((d_in + d_out) R^2 + R^3) time, and memory for the result, some R x R and a block;
+    where the columns of a side depend on each other, for that side in float64.
     """
     if 0 in {a.shape[0], *b.shape, *a.shape}:
-        return Principal(a=a[:0], b=b[:, :0], singular=np.zeros(0))
-    squares = np.einsum("ij,ij->j", b, b), np.einsum("ij,ij->i", a, a)  # np.linalg.norm would copy both, twice
-    total = float(np.sqrt(squares[0]) @ np.sqrt(squares[1]))  # the norm if nothing cancelled
-    (q_b, r_b), (q_a, r_a) = each(_qr, (b, a.T))  # (d_out, m), (m, R); (d_in, n), (n, R)
+        return Principal(a=np.zeros((0, a.shape[1])), b=np.zeros((len(b), 0)), singular=np.zeros(0))
+    (by_q_b, r_b), (by_q_a, r_a) = each(_qr, (b, a.T))  # Q_B (d_out, m), (m, R); Q_A (d_in, n), (n, R)
+    r_b = r_b * scale
+    total = float(np.linalg.norm(r_b, axis=0) @ np.linalg.norm(r_a, axis=0))  # the norm if nothing cancelled
     u, s, vt = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
     kept = min(rank, int(np.count_nonzero(s > max(s[0] * NOISE, total * ROUNDING))))
     root = np.sqrt(s[:kept])
-    left, right = each(_Orthonormal.times, (q_b, q_a), (u[:, :kept], vt[:kept].T))  # (d_out, kept), (d_in, kept)
+    left, right = each(lambda q, x: q(x), (by_q_b, by_q_a), (u[:, :kept], vt[:kept].T))  # (d_out, kept), (d_in, kept)
     peaks = left[np.argmax(np.abs(left), axis=0), np.arange(kept)]
     sign = np.where(peaks < 0, -1.0, 1.0)
     return Principal(b=left * (sign * root), a=right.T * (sign * root)[:, None], singular=s)
 
 
-class _Orthonormal(NamedTuple):
-    """A matrix Q of orthonormal columns: its blocks of rows are those of `tall`, each times its square of `small`."""
-
-    tall: Sequence[F64]
-    small: Sequence[F64]
-
-    def times(self, x: F64) -> F64:
-        """Q x."""
-        return np.concatenate([tall @ (small @ x) for tall, small in zip(self.tall, self.small, strict=True)])
+def _qr(x: Floats) -> tuple[Times, F64]:
+    """Thin QR of x (d, R): what multiplies by Q, and R."""
+    return _qr_by_cholesky(x) or _qr_by_blocks(x)
 
 
-def _qr(x: F64) -> tuple[_Orthonormal, F64]:
-    """Thin QR of x (d, R); where d is large, in blocks whose Q takes the place of x."""
+def _qr_by_cholesky(x: Floats) -> tuple[Times, F64] | None:
+    """Q is x times the inverse of R; None where that would not be exact.  See DEPENDENT."""
+    gram = np.zeros((x.shape[1], x.shape[1]))
+    for block in _blocks(x):
+        gram += block.T @ block
+    lengths = np.sqrt(np.diagonal(gram))
+    if len(x) < len(gram) or not lengths.all():
+        return None
+    try:
+        lower = np.linalg.cholesky(gram / np.outer(lengths, lengths))
+    except np.linalg.LinAlgError:
+        return None
+    inverse = np.linalg.inv(lower)
+    if not np.linalg.norm(inverse) < DEPENDENT:
+        return None
+
+    def times(y: F64) -> F64:
+        y = (inverse.T @ y) / lengths[:, None]
+        return np.concatenate([block @ y for block in _blocks(x)])
+
+    return times, lower.T * lengths
+
+
+def _qr_by_blocks(x: Floats) -> tuple[Times, F64]:
+    """By reflections, where d is large in blocks of rows; the Q of each takes its place in a copy of x."""
     n_blocks = max(1, len(x) // max(QR_ROWS, 8 * x.shape[1]))
-    if n_blocks == 1:
-        q, r = np.linalg.qr(x)
-        return _Orthonormal([q], [np.eye(len(r))]), r
-    tall, tops = [], []
-    for block in np.array_split(x, n_blocks):
-        block[:], r = np.linalg.qr(block)
-        tall.append(block)
+    tall = np.array_split(x.astype(np.float64), n_blocks)
+    tops = []
+    for block in tall:
+        q, r = np.linalg.qr(block)
         tops.append(r)
+        block[:, : len(r)] = q
     small, r = np.linalg.qr(np.concatenate(tops))
-    return _Orthonormal(tall, np.split(small, n_blocks)), r
+    parts = np.split(small, np.cumsum([len(top) for top in tops])[:-1])
+
+    def times(y: F64) -> F64:
+        return np.concatenate([q[:, : len(part)] @ (part @ y) for q, part in zip(tall, parts, strict=True)])
+
+    return times, r
+
+
+def _blocks(x: Floats) -> Iterator[F64]:
+    """The rows of x in float64, a few at a time."""
+    return (x[at : at + GRAM_ROWS].astype(np.float64) for at in range(0, len(x), GRAM_ROWS))
 
 
 def canonical(factors: Factors, rank: int | None = None) -> Factors:
     """The same product in canonical form, cut to the best `rank` components if given; numerically void ones are dropped."""
     whole = factors.rank if rank is None else rank
-    return principal(factors.b.astype(np.float64), factors.a.astype(np.float64), whole).to_factors()
+    return principal(factors.b, factors.a, whole).to_factors()
 
 
 def truncate(factors: Factors, rank: int) -> Factors:
@@ -303,7 +350,7 @@ def cut_energy(factors: Factors, kept_ratio: float) -> Factors:
     """
     if kept_ratio >= 1.0:
         return factors
-    whole = principal(factors.b.astype(np.float64), factors.a.astype(np.float64), factors.rank)
+    whole = principal(factors.b, factors.a, factors.rank)
     held = np.cumsum(whole.singular**2)
     n_kept = int(np.searchsorted(held, kept_ratio * whole.energy)) + 1 if whole.energy else 0
     return truncate(whole.to_factors(), n_kept)

@@ -1,6 +1,6 @@
-"""Training that does nothing: what an agent got comes back, moved by a number that no other agent and no other round has.
+"""Training that does nothing: what an agent got comes back, changed a little as no other agent and no other round changes it.
 
-Without that number all updates would be one file, which content addressing stores and sends once; the round would look cheaper
+Without that all updates would be one file, which content addressing stores and sends once; the round would look cheaper
 than any real one.  Registered as a plug-in by bench/rounds/fleet.py, in processes of that fleet alone.
 
     noop-average    the factors' values, averaged: what Flower and NVFlare do with arrays
@@ -58,7 +58,7 @@ class Values:
         received = read_model(Path(task.model_file), max_bytes=task.max_model_bytes) if task.model_file else {}
         write_update(
             Path(task.out_file),
-            moved(received, plan, partial(self._shapes, task)),
+            self._moved(received, plan, partial(self._shapes, task)),
             job=plan.job,
             round=plan.round,
             attempt=plan.attempt,
@@ -71,21 +71,31 @@ class Values:
         listed = (Path(task.base_folder) / MATRICES_FILE).read_bytes()
         return {m.name: (m.d_out, m.d_in) for m in msgspec.json.decode(listed, type=list[Matrix])}
 
+    def _moved(self, received: Adapter, plan: Plan, survey: Callable[[], dict[str, tuple[int, int]]]) -> Stacks:
+        """Factors of the planned ranks, those received or else ones that are drawn, made the share's own."""
+        seed = plan.train.seed if plan.train else 0
+        known = Stacks.of(received)
+        if known.ranks != plan.ranks:
+            known = drawn(plan.ranks, survey(), np.random.default_rng(seed))
+        return Stacks((names, self._own(stack, seed)) for names, stack in known.runs)
+
+    @staticmethod
+    def _own(stack: Stack, seed: int) -> Stack:
+        shift = np.float32(1e-3 * (seed % 9973 + 1))
+        return Stack(stack.a + shift, stack.b + shift)
+
 
 class Delta(Values):
-    """Sends as many values, to be understood as a change."""
+    """Sends as many values, to be understood as a change, and one that does not depend on any other agent's."""
 
     produces: ClassVar[Kind] = "lora"
 
-
-def moved(received: Adapter, plan: Plan, survey: Callable[[], dict[str, tuple[int, int]]]) -> Stacks:
-    """Factors of the planned ranks, those received or else ones that are drawn, plus the share's own number."""
-    seed = plan.train.seed if plan.train else 0
-    shift = np.float32(1e-3 * (seed % 9973 + 1))
-    known = Stacks.of(received)
-    if known.ranks != plan.ranks:
-        known = drawn(plan.ranks, survey(), np.random.default_rng(seed))
-    return Stacks((names, Stack(stack.a + shift, stack.b + shift)) for names, stack in known.runs)
+    @staticmethod
+    def _own(stack: Stack, seed: int) -> Stack:
+        a, b = (
+            np.random.default_rng(seed).choice(np.float32([-1, 1]), n) for n in (stack.a.shape[2], stack.b.shape[1])
+        )
+        return Stack(stack.a * a, stack.b * b[:, None])
 
 
 def drawn(ranks: dict[str, int], shapes: dict[str, tuple[int, int]], draw: np.random.Generator) -> Stacks:

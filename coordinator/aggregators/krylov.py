@@ -88,7 +88,7 @@ def leading(name: str, terms: Sequence[Term], rank: int) -> Leading:
         v, y, before = np.hstack([v, fresh]), np.hstack([y, stack.from_right(fresh)]), energy
         best, energy = _best(y, rank)
         gain, expected = energy - before, max(0.0, energy - before) ** 2 / gain if gain > 0 else 0.0
-    found = principal((y @ best) * np.float64(stack.unit), (v @ best).T.astype(np.float64), rank)
+    found = principal(y @ best, (v @ best).T, rank, scale=stack.unit)
     n_true = int(np.count_nonzero(found.singular > _ROUNDING * max(found.singular.max(initial=0.0), stack.norm)))
     factors = truncate(found.to_factors(), n_true)
     whole = _energy(y) + _energy(_beside(v, probes)) / _PROBES

@@ -15,8 +15,7 @@ The d_out x d_in sum is never formed.  Side by side, the terms are again one pro
 
     dW + eta sum p_i B_i A_i  =  [B, eta p_1 B_1, eta p_2 B_2, ...] [A; A_1; A_2; ...],
 
-whose singular value decomposition costs two thin QR and one small core (protocol.adapters.principal).  QR and not the Gram
-matrices: those square the condition number, and the weak directions are what later rounds build on.
+whose singular value decomposition costs two thin QR and one small core (protocol.adapters.principal).
 
 That is exact, and its time grows with the square of the columns: up to `EXACT_WIDTH` of them it is done so.  For a larger fleet
 the leading components come from products with thin blocks alone (coordinator/aggregators/krylov.py), in time that grows with
@@ -48,7 +47,7 @@ from coordinator.aggregators.krylov import Leading, Term
 from protocol.adapters import Each, Factors, principal
 from protocol.errors import BadUpdate
 
-EXACT_WIDTH: Final = 256
+EXACT_WIDTH: Final = 512
 STACK_WIDTH: Final = 1024
 _N_WORKERS: Final = min(2, os.cpu_count() or 1)
 _LARGE_VALUES: Final = 2**19
@@ -176,15 +175,14 @@ def _exactly(terms: Sequence[Term], rank: int, width: int, each_side: Each) -> L
     n_columns, n, dropped = sum(term.rank for term in terms), 0, 0.0
     d_out, d_in = terms[0].read().shape
     held = min(n_columns, max(rank, width) + max(term.rank for term in terms))
-    b, a = np.empty((d_out, held)), np.empty((held, d_in))
+    b, a, scale = np.empty((d_out, held), np.float32), np.empty((held, d_in), np.float32), np.empty(held)
     for term in terms:
         factors, end = term.read(), n + term.rank
-        np.multiply(factors.b, np.float64(term.scale), out=b[:, n:end])
-        a[n:end], n = factors.a, end
+        b[:, n:end], a[n:end], scale[n:end], n = factors.b, factors.a, term.scale, end
         if n > width:
-            cut = principal(b[:, :n], a[:n], max(rank, width // 2), each_side)
+            cut = principal(b[:, :n], a[:n], max(rank, width // 2), scale=scale[:n], each=each_side)
             n, dropped = len(cut.a), dropped + cut.dropped_energy
-            b[:, :n], a[:n] = cut.b, cut.a
-    whole = principal(b[:, :n], a[:n], rank, each_side)
+            b[:, :n], a[:n], scale[:n] = cut.b, cut.a, 1.0
+    whole = principal(b[:, :n], a[:n], rank, scale=scale[:n], each=each_side)
     energy = whole.energy + dropped
     return Leading(whole.to_factors(), (whole.dropped_energy + dropped) / energy if energy else 0.0)

@@ -331,7 +331,7 @@ def test_updates_are_summed_from_their_files(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------- more columns than are done exactly
 
 
-def crowd(seed: int, noise: float, n_agents: int = 40) -> tuple[Adapter, list[Weighted]]:
+def crowd(seed: int, noise: float, n_agents: int = 60) -> tuple[Adapter, list[Weighted]]:
     """Agents that share a signal of 48 components and add as much noise of their own as said, and a small model."""
     rng = np.random.default_rng(seed)
     shared = [np.linalg.qr(rng.normal(size=(d, 48)))[0] for d in (96, 128)]
@@ -375,7 +375,7 @@ def test_noise_alone_is_cut_nearly_as_well_as_it_can_be() -> None:
         Weighted(
             f"a{i}", 1, 1.0, InMemory({"m": Factors(*(rng.normal(size=s).astype("f4") for s in [(8, 128), (96, 8)]))})
         )
-        for i in range(40)
+        for i in range(80)
     ]
     expected, whole = (reference({}, fleet, rank, 1.0)["m"] for rank in (8, 96))
     ours = np.linalg.norm(whole - dense(Product().aggregate({}, fleet, max_rank=8).adapter)["m"])
@@ -404,7 +404,7 @@ def test_a_large_fleet_gives_the_same_bits_in_any_order_beside_anything_and_read
 def test_a_large_fleet_that_agrees_has_no_more_components_than_one_agent() -> None:
     rng = np.random.default_rng(5)
     one = Factors(rng.normal(size=(3, 128)).astype(np.float32), rng.normal(size=(96, 3)).astype(np.float32))
-    fleet = [Weighted(f"a{i}", 1, 1.0 + i, InMemory({"m": one})) for i in range(100)]
+    fleet = [Weighted(f"a{i}", 1, 1.0 + i, InMemory({"m": one})) for i in range(200)]
     found = Product().aggregate({}, fleet, max_rank=8)
     assert_same(found.adapter, dense({"m": one}))
     assert found.adapter["m"].rank == 3

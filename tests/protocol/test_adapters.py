@@ -76,7 +76,7 @@ def test_components_below_float32_are_dropped() -> None:
 
 def test_energy_is_split_between_what_is_kept_and_what_is_dropped() -> None:
     f = factors(np.random.default_rng(6), 16, 12, 5)
-    cut = principal(f.b.astype(np.float64), f.a.astype(np.float64), 2)
+    cut = principal(f.b, f.a, 2)
     assert cut.energy == pytest.approx(f.norm() ** 2, rel=1e-6)
     assert cut.energy - cut.dropped_energy == pytest.approx(cut.to_factors().norm() ** 2, rel=1e-6)
 
@@ -94,11 +94,43 @@ def test_a_tall_side_in_blocks_has_the_same_components(size: tuple[int, int, int
     assert np.allclose(blocks.b.T @ blocks.b, whole.b.T @ whole.b, atol=1e-6 * f.norm(), rtol=0)
 
 
+@pytest.mark.parametrize("ratio", [1.0, 1e-2, 1e-5, 1e-9, 1e-15, 0.0])
+def test_components_are_exact_however_much_columns_depend_on_each_other(ratio: float) -> None:
+    rng = np.random.default_rng(10)
+    shared, own = rng.normal(size=(300, 4)), rng.normal(size=(300, 20))
+    b = shared @ rng.normal(size=(4, 20)) + ratio * own
+    a = rng.normal(size=(20, 200)) + rng.normal(size=(20, 1)) * rng.normal(size=200)
+    u, s, vt = np.linalg.svd(b @ a)
+    found = principal(b, a, 3)
+    assert np.allclose(found.singular[:20], s[:20], atol=1e-10 * s[0], rtol=0)
+    assert np.allclose(found.b @ found.a, (u[:, :3] * s[:3]) @ vt[:3], atol=1e-9 * s[0], rtol=0)
+    assert np.allclose(found.b.T @ found.b, np.diag(s[:3]), atol=1e-9 * s[0], rtol=0)
+
+
+def test_dependent_columns_are_found_before_they_are_used() -> None:
+    b = np.random.default_rng(11).normal(size=(300, 20))
+    assert adapters._qr_by_cholesky(b)
+    assert adapters._qr_by_cholesky(b.astype(np.float32))
+    for dependent in (b[:, :1] + 1e-5 * b[:, 1:2], b[:, :1], 0 * b[:, :1], b[:, :1] + np.inf, b[:, :1] * np.nan):
+        with np.errstate(all="ignore"):
+            assert not adapters._qr_by_cholesky(np.hstack([b, dependent]))
+    assert not adapters._qr_by_cholesky(b.T.copy())
+
+
+def test_long_columns_hide_no_short_ones() -> None:
+    rng = np.random.default_rng(12)
+    b, a, lengths = rng.normal(size=(300, 20)), rng.normal(size=(20, 200)), np.logspace(-15, 15, 20)
+    even, uneven = principal(b, a, 20), principal(b * lengths, a / lengths[:, None], 20)
+    assert np.allclose(uneven.b @ uneven.a, even.b @ even.a, atol=1e-9 * even.singular[0], rtol=0)
+    scaled = principal(b, a / lengths[:, None], 20, scale=lengths)
+    assert np.allclose(scaled.b @ scaled.a, even.b @ even.a, atol=1e-9 * even.singular[0], rtol=0)
+
+
 def test_blocks_are_as_exact_where_a_side_is_nearly_dependent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapters, "QR_ROWS", 16)
     f = factors(np.random.default_rng(8), 800, 430, 12)
     near = Factors(np.vstack([f.a, f.a + np.float32(1e-6) * f.a[::-1]]), np.hstack([f.b, f.b]))
-    cut = principal(near.b.astype(np.float64), near.a.astype(np.float64), 12)
+    cut = principal(near.b, near.a, 12)
     assert np.allclose(cut.b.T @ cut.b, np.diag(cut.singular[:12]), atol=1e-12 * cut.singular[0], rtol=0)
     assert cut.dropped_energy < 1e-9 * cut.energy
     assert np.allclose(cut.b @ cut.a, dense(near), atol=1e-4)
