@@ -130,7 +130,7 @@ def errors(given: list[Weighted], found: Factors, name: str) -> dict[str, float]
     b: F64 = np.hstack([f.b * np.float64(u.weight / total) for u, f in zip(given, factors, strict=True)])
     a: F64 = np.vstack([f.a.astype(np.float64) for f in factors])
     began = time.process_time()
-    best = principal(b.copy(), a.copy(), found.rank)
+    best = principal(b, a, found.rank)
     exact_s = time.process_time() - began
     ours, theirs = (found.b.astype(np.float64), found.a.astype(np.float64)), (best.b, best.a)
     kept = inner(ours, ours) - 2 * inner(ours, theirs) + inner(theirs, theirs)

@@ -288,11 +288,13 @@ def _qr(x: Floats) -> tuple[Times, F64]:
 
 def _qr_by_cholesky(x: Floats) -> tuple[Times, F64] | None:
     """Q is x times the inverse of R; None where that would not be exact.  See DEPENDENT."""
+    if len(x) < x.shape[1]:
+        return None
     gram = np.zeros((x.shape[1], x.shape[1]))
     for block in _blocks(x):
         gram += block.T @ block
     lengths = np.sqrt(np.diagonal(gram))
-    if len(x) < len(gram) or not lengths.all():
+    if not lengths.all():
         return None
     try:
         lower = np.linalg.cholesky(gram / np.outer(lengths, lengths))

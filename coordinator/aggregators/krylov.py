@@ -137,19 +137,22 @@ class _Stack:
 
     def _read(self, part: range, noted: tuple[list[float], list[float]] | None = None) -> tuple[F32, F32]:
         """Columns of B and rows of A as rows, every term divided by its largest entries; sizes and squared norms are `noted`."""
-        sides: tuple[list[F32], list[F32]] = [], []
-        for term in (self._terms[i] for i in part):
-            factors, size = term.read(), 1.0
+        terms, start = self._terms[part.start : part.stop], 0
+        sides: list[F32] = []
+        for term in terms:
+            factors, size, stop = term.read(), 1.0, start + term.rank
+            sides = sides or [np.empty((sum(t.rank for t in terms), d), np.float32) for d in factors.shape]
             for side, rows in zip(sides, (factors.b.T, factors.a), strict=True):
                 peak = max(float(rows.max(initial=0.0)), -float(rows.min(initial=0.0))) or 1.0
-                side.append(rows / np.float32(peak))
+                np.divide(rows, np.float32(peak), out=side[start:stop])
                 size *= peak
             if noted is not None:
                 sizes, squared_norms = noted
                 sizes.append(term.scale * size)
-                b, a = (side[-1] @ side[-1].T for side in sides)
+                b, a = (side[start:stop] @ side[start:stop].T for side in sides)
                 squared_norms.append(max(0.0, float(np.sum(b * a, dtype=np.float64))) * size**2)
-        return np.concatenate(sides[0]), np.concatenate(sides[1])
+            start = stop
+        return sides[0], sides[1]
 
 
 def _parts(terms: Sequence[Term]) -> Iterator[range]:

@@ -106,14 +106,14 @@ def sum_of_products(
 
 
 def _ways(ordered: Sequence[Weighted], workers: ThreadPoolExecutor) -> tuple[Each, Each]:
-    """How to do the matrices, and the sides of each, by the first update's widest matrix.
+    """How to do the matrices, and the sides of each, by the matrix that is widest in the first update.
 
     Threads where they have more to compute than to wait for each other: for the sides, so that one matrix is held at a time,
     unless there are too many columns to do them exactly.
     """
     ranks = ordered[0].update.ranks if ordered else {}
     name = max(ranks, key=ranks.__getitem__, default="")
-    n_columns = ranks.get(name, 0) * len(ordered)
+    n_columns = sum(u.update.ranks.get(name, 0) for u in ordered)
     if not n_columns or n_columns * sum(ordered[0].update.shape(name)) < _LARGE_VALUES:
         return map, map
     return (map, workers.map) if n_columns <= EXACT_WIDTH else (workers.map, map)
