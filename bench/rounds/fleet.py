@@ -138,9 +138,14 @@ class Fleet:
         return await self._ask(lambda client: client.job(name))
 
     async def ended(self, name: str, *, every_s: float = 1.0) -> JobView:
-        """Wait for the end of a job, asking seldom and for little: an answer costs the coordinator time that would be counted."""
+        """Wait for the end of a job, asking seldom and for little: an answer costs the coordinator time that would be counted.
+
+        Raises Unavailable when the job or a process of the fleet failed: what was measured then is something else.
+        """
         async with asyncio.timeout(LIMIT_S):
             while True:
+                if self.cluster.fault or self.cluster.notes:
+                    raise self.cluster.fault or Unavailable("; ".join(text for _, text in self.cluster.notes))
                 for known in await self._ask(Coordinator.jobs) or []:
                     if known.name == name and known.phase in ENDED:
                         if known.phase != "completed":

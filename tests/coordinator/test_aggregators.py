@@ -1,6 +1,7 @@
 """The laws of aggregation, for every registered aggregator, and what is special about sums in product space."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -399,6 +400,14 @@ def test_a_large_fleet_gives_the_same_bits_in_any_order_beside_anything_and_read
         found = Product().aggregate(model, [two[i] for i in order], max_rank=8)
         assert bits(found.adapter) == bits(expected.adapter)
         assert found.dropped_ratio == expected.dropped_ratio
+
+
+def test_how_a_fold_is_spread_follows_from_all_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "_LARGE_VALUES", 0)
+    _, fleet = crowd(9, 0.5)
+    with ThreadPoolExecutor() as workers:
+        assert product._ways(fleet, workers) == (workers.map, map)  # the first one's rank is 4
+        assert product._ways(fleet[:10], workers) == (map, workers.map)
 
 
 def test_a_large_fleet_that_agrees_has_no_more_components_than_one_agent() -> None:
