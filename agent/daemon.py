@@ -250,7 +250,7 @@ class Agent:
         try:
             match intake.receive(self.topics, self.config.agent, topic, payload, self.door.open):
                 case intake.Chunk(xfer, frame, heard):
-                    self.traffic.exchange.chunk(COORDINATOR, xfer, frame, heard=heard)
+                    self.traffic.exchange.pulling.chunk(COORDINATOR, xfer, frame, heard=heard)
                 case None:
                     pass
                 case body:
@@ -279,7 +279,7 @@ class Agent:
             case Grant():
                 self.traffic.granted(body)
             case Placed():
-                self.traffic.exchange.placed(COORDINATOR, body)
+                self.traffic.exchange.pulling.placed(COORDINATOR, body)
             case Done():
                 self.traffic.accepted(body.xfer)
                 self.tell(ev.UpdateAccepted(xfer=body.xfer))

@@ -73,7 +73,9 @@ def _of_bus(agent: Agent) -> Iterator[Metric]:
     refused = {(kind,): float(n) for kind, n in agent.refused.items()}
     yield counter("fedpipe_messages_rejected_total", "Messages that were not taken in.", refused, "kind")
     text = "Bytes of models, by the bus or by an object store."
-    yield counter("fedpipe_received_bytes_total", text, _by_route(agent.traffic.exchange.received_bytes), "route")
+    yield counter(
+        "fedpipe_received_bytes_total", text, _by_route(agent.traffic.exchange.pulling.received_bytes), "route"
+    )
     text = "Bytes of updates, by the bus or by an object store."
     yield counter("fedpipe_sent_bytes_total", text, _by_route(agent.traffic.exchange.sent_bytes), "route")
     lag = {(): agent.health.lag_s}

@@ -20,10 +20,11 @@ from agent.outbox import Outbox
 from agent.profiler import Link
 from protocol.blobs import Blobs
 from protocol.bus import Bus
-from protocol.exchange import Exchange, Lost, Outcome, Pulled
+from protocol.exchange import Exchange
 from protocol.http_store import Carrier
 from protocol.messages import Body, Done, Grant, Offer, Placed, Refuse
 from protocol.outgoing import Saying
+from protocol.pulling import Lost, Outcome, Pulled
 from protocol.sending import SendOffer, Uploads
 from protocol.spool import Spool
 from protocol.topics import Topics, UpLeaf
@@ -88,11 +89,11 @@ class Traffic:
         self._fetching_since = self._clock()
         size = wish.size if wish.size < wish.blob.size else None
         how = {"listen": wish.listen, "by_store": wish.by_store}
-        self.exchange.pull(COORDINATOR, wish.blob, size=size, sha256=wish.sha256, **how)
+        self.exchange.pulling.pull(COORDINATOR, wish.blob, size=size, sha256=wish.sha256, **how)
 
     def drop(self, xfer: str) -> None:
         """Nobody wants this model any more."""
-        self.exchange.stop_pulling(COORDINATOR, xfer)
+        self.exchange.pulling.stop(COORDINATOR, xfer)
 
     async def _model_ended(self, end: Outcome) -> None:
         match end:
@@ -161,11 +162,11 @@ class Traffic:
 
     def tick(self) -> None:
         """Do what is due; see `wake_at`.  Only while there is a broker."""
-        self.exchange.tick()
+        self.exchange.pulling.tick()
         self._offer(self.uploads.tick(self._clock()))
 
     @property
     def wake_at(self) -> float | None:
         """When to tick."""
-        both = self.exchange.wake_at, self.uploads.wake_at
+        both = self.exchange.pulling.wake_at, self.uploads.wake_at
         return min((at for at in both if at is not None), default=None)

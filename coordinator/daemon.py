@@ -343,12 +343,12 @@ class Coordinator:
     def _due(self) -> list[float | None]:
         is_moving = self.health.is_busy or not self.inbox.empty()  # then the consumer will say when
         core = None if is_moving else self.fleet.wake_at
-        return [core, self.exchange.wake_at if self.connected else None]
+        return [core, self.exchange.pulling.wake_at if self.connected else None]
 
     def _tick(self) -> None:
         now = self.clock()
-        if self.connected and (at := self.exchange.wake_at) is not None and at <= now:
-            self.exchange.tick()
+        if self.connected and (at := self.exchange.pulling.wake_at) is not None and at <= now:
+            self.exchange.pulling.tick()
         if (at := self.fleet.wake_at) is not None and at <= now and not self.health.is_busy and self.inbox.empty():
             self.tell(ev.Tick())
 

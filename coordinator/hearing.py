@@ -76,7 +76,7 @@ class Hearing:
         try:
             match self._coordinator.intake.receive(topic, payload, now):
                 case Chunk(agent, xfer, frame):
-                    self._coordinator.exchange.chunk(agent, xfer, frame)
+                    self._coordinator.exchange.pulling.chunk(agent, xfer, frame)
                 case Word(agent, envelope):
                     self._hear(agent, envelope, now, retained=retained)
         except BadMessage as error:
@@ -95,7 +95,7 @@ class Hearing:
                 self._coordinator.exchange.granted(agent, grant)
                 return
             case Placed() as placed:
-                self._coordinator.exchange.placed(agent, placed)
+                self._coordinator.exchange.pulling.placed(agent, placed)
                 return
             case Refuse(xfer=xfer, reason=reason):
                 self._coordinator.traffic.withdrawn(agent, xfer, reason)

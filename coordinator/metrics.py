@@ -169,7 +169,7 @@ def _of_messages(coordinator: Coordinator) -> Iterator[Metric]:
     text = "What agents said twice, too late or wrongly, over all lives of this coordinator."
     yield counter("fedpipe_agent_faults_total", text, wrongs, "kind")
     text = "Bytes of updates, by the bus or by an object store."
-    yield counter("fedpipe_received_bytes_total", text, _by_route(exchange.received_bytes), "route")
+    yield counter("fedpipe_received_bytes_total", text, _by_route(exchange.pulling.received_bytes), "route")
     text = "Bytes of models, by the bus or by an object store."
     yield counter("fedpipe_sent_bytes_total", text, _by_route(exchange.sent_bytes), "route")
     yield gauge(

@@ -23,11 +23,12 @@ from protocol.blobs import Blobs
 from protocol.broadcast import EVERYONE
 from protocol.bus import Bus
 from protocol.daemon import OncePer
-from protocol.exchange import Exchange, Lost, Outcome, Pulled
+from protocol.exchange import Exchange
 from protocol.http_store import Carrier
 from protocol.messages import Blob, Done, Grant, Placed, Plan, Refuse
 from protocol.outgoing import Outgoing
 from protocol.pacing import Pace
+from protocol.pulling import Lost, Outcome, Pulled
 from protocol.spool import Spool
 from protocol.topics import Topics
 from protocol.transfer import MAX_WINDOW, Receiving
@@ -83,9 +84,9 @@ class Traffic:
 
     def renew(self, config: CoordinatorConfig) -> None:
         """Other caps, and another part of the disk to leave free."""
-        self.exchange.renew(reserve_bytes=config.keep.min_free_bytes)
+        self.exchange.pulling.renew(reserve_bytes=config.keep.min_free_bytes)
         self.exchange.pace.renew(config.transfer.down_bytes_per_s)
-        self.exchange.receiving.pace.renew(config.transfer.up_bytes_per_s)
+        self.exchange.pulling.receiving.pace.renew(config.transfer.up_bytes_per_s)
 
     def serve(self, blob: Blob) -> Blob:
         """Hand out a model to agents that ask for it; the model as they are to be told of it."""
@@ -132,12 +133,12 @@ class Traffic:
         blob = wish.offer.blob
         for xfer in self._replaced_by(wish):
             self._drop(wish.agent, xfer)
-            self.exchange.stop_pulling(wish.agent, xfer)
+            self.exchange.pulling.stop(wish.agent, xfer)
         self._fetching.setdefault(wish.agent, {})[blob.xfer] = wish
         if self._blobs.has(blob.sha256):
             self._spawn(f"judge/{wish.agent}/{blob.xfer}", self._judge(wish))
         else:
-            self.exchange.pull(wish.agent, blob, by_store=wish.offer.by_store and self._goes_by_store(blob))
+            self.exchange.pulling.pull(wish.agent, blob, by_store=wish.offer.by_store and self._goes_by_store(blob))
 
     def _replaced_by(self, wish: act.Fetch) -> list[str]:
         """Another update that this agent offered for the same work: it has one, or it could fill disk and memory."""
@@ -158,7 +159,7 @@ class Traffic:
     def decline(self, agent: str, xfer: str, reason: str) -> None:
         """Tell an agent that an update is not wanted, for good."""
         self._drop(agent, xfer)
-        self.exchange.stop_pulling(agent, xfer)
+        self.exchange.pulling.stop(agent, xfer)
         self._say(agent, Refuse(xfer=xfer, reason=reason[:2000]))
         held = self._complaints(agent, self._clock())
         if held is not None:
@@ -169,7 +170,7 @@ class Traffic:
         """The agent does not hold any more what it offered."""
         wish = self._drop(agent, xfer)
         if wish is not None:
-            self.exchange.stop_pulling(agent, xfer)
+            self.exchange.pulling.stop(agent, xfer)
             self._tell(ev.UpdateSpoiled(agent=agent, offer=wish.offer, reason=f"withdrawn by the agent: {reason}"))
 
     def _say(self, peer: str, message: Grant | Placed | Done | Refuse) -> None:

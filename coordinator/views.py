@@ -205,7 +205,7 @@ class FleetView(View, frozen=True, kw_only=True):
 
 def fleet_view(coordinator: Coordinator, *, brief: bool = False) -> FleetView:
     """The whole fleet; `brief` as for agent_views.  Cost: linear in agents and jobs."""
-    state, moved = coordinator.fleet.state, coordinator.exchange.receiving.counts
+    state, moved = coordinator.fleet.state, coordinator.exchange.pulling.receiving.counts
     wrong = {**coordinator.intake.gate.counts, "stray_chunk": moved.n_stray, "bad_chunk": moved.n_bad}
     return FleetView(
         now=coordinator.clock(),
@@ -220,7 +220,7 @@ def fleet_view(coordinator: Coordinator, *, brief: bool = False) -> FleetView:
         jobs=[job_short(job) for job in state.jobs.values()],
         counts=state.counts | {kind: n for kind, n in wrong.items() if n},
         sent_bytes=sum(coordinator.exchange.sent_bytes.values()),
-        received_bytes=sum(coordinator.exchange.received_bytes.values()),
+        received_bytes=sum(coordinator.exchange.pulling.received_bytes.values()),
         disk=coordinator.disk.state,
         disk_reason=coordinator.disk.reason,
     )

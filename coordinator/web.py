@@ -171,7 +171,7 @@ class Api:
             versions,
             cost=cost_so_far(past.spent, self._devices(), self._coordinator.config.prices),
             presence=self._coordinator.presence,
-            remaining=self._coordinator.exchange.remaining,
+            remaining=self._coordinator.exchange.pulling.remaining,
             now=self._coordinator.clock(),
             skip=min(wanted, past.n_rounds),
         )

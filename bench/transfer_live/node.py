@@ -14,9 +14,10 @@ from protocol.blobs import Blobs
 from protocol.broadcast import EVERYONE
 from protocol.bus import Bus, Connected, Received
 from protocol.daemon import Timer
-from protocol.exchange import Exchange, Outcome
+from protocol.exchange import Exchange
 from protocol.messages import Blob, Done, Grant, Placed, Refuse
 from protocol.outgoing import Outgoing
+from protocol.pulling import Outcome
 from protocol.spool import Spool
 from protocol.topics import FromAgent, FromCoordinator, ToAgent, Topics
 from protocol.transfer import Receiving
@@ -59,7 +60,7 @@ class Node:
         topics = self.topics
         mine = topics.coordinator_subscriptions() if self._is_cloud else topics.agent_subscriptions(self.name)
         await self.bus.subscribe(*mine)
-        ticking = self.timer.run(lambda: [self.exchange.wake_at], self.exchange.tick)
+        ticking = self.timer.run(lambda: [self.exchange.pulling.wake_at], self.exchange.pulling.tick)
         work = (self._read(), ticking, self.exchange.run(), self.outgoing.run(self.bus))
         self._tasks = [asyncio.create_task(one) for one in work]
         await self.connected.wait()
@@ -80,7 +81,7 @@ class Node:
 
     def pull(self, peer: str, blob: Blob, **how: Any) -> None:
         """Have a blob from a peer; see Exchange.pull."""
-        self.exchange.pull(peer, blob, **how)
+        self.exchange.pulling.pull(peer, blob, **how)
         self.timer.moved()
 
     def say(self, peer: str, message: Grant | Placed | Done | Refuse) -> None:
@@ -106,7 +107,7 @@ class Node:
 
     def chunk(self, peer: str, xfer: str, payload: bytes, *, heard: bool) -> None:
         """A chunk came."""
-        self.exchange.chunk(peer, xfer, payload, heard=heard)
+        self.exchange.pulling.chunk(peer, xfer, payload, heard=heard)
 
     def hear(self, answer: Done | Refuse) -> None:
         """A peer has it, or does not want it."""

@@ -15,10 +15,10 @@ from typing import Any, Final, Self
 from bench.transfer_live.node import CLOUD, Node
 from bench.transfer_live.world import link
 from protocol.bus import BrokerConfig, mqtt_bus
-from protocol.exchange import Pulled
 from protocol.frames import encode_frame
 from protocol.malloc import keep_pages
 from protocol.messages import Blob
+from protocol.pulling import Pulled
 from protocol.topics import Topics
 from protocol.transfer import MAX_WINDOW
 
@@ -72,7 +72,7 @@ class Live(Node):
             self.n_lost += 1
             return
         super().chunk(peer, xfer, payload, heard=heard)
-        if self.exchange.receiving.remaining(peer, xfer) is None:
+        if self.exchange.pulling.receiving.remaining(peer, xfer) is None:
             self.whole_at.setdefault(xfer, time.monotonic())
 
 

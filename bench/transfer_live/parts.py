@@ -55,7 +55,7 @@ async def throughput(port: int, folder: Path, n_bytes: int, n_times: int = 7) ->
                 for n, side in enumerate(pids)
             },
             "dropped": cloud.n_dropped,
-            "sent_again": cloud.exchange.receiving.counts.n_voided,
+            "sent_again": cloud.exchange.pulling.receiving.counts.n_voided,
         }
 
 
@@ -83,7 +83,7 @@ async def fairness(port: int, folder: Path, n_bytes: int, n_agents: int = 10) ->
             "max_over_min_verified": round(max(finished) / min(finished), 2),
             "mb_per_s": round(n_agents * n_bytes / MB / max(finished)),
             "dropped": cloud.n_dropped,
-            "sent_again": cloud.exchange.receiving.counts.n_voided,
+            "sent_again": cloud.exchange.pulling.receiving.counts.n_voided,
         }
 
 
@@ -110,7 +110,7 @@ async def distance(port: int, folder: Path, mbit_per_s: float, n_bytes: int) -> 
             "mbit_per_s": mbit_per_s,
             "used_ratio": round(n_bytes / took_s / bytes_per_s, 2),
             "bare_used_ratio": round(n_bytes / bare_s / bytes_per_s, 2),
-            "sent_again": cloud.exchange.receiving.counts.n_voided,
+            "sent_again": cloud.exchange.pulling.receiving.counts.n_voided,
         }
 
 

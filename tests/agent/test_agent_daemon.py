@@ -34,7 +34,7 @@ from agent.supervisor import ChildConfig
 from protocol import codec
 from protocol.blobs import Blobs
 from protocol.bus import BrokerConfig, Connected, Received
-from protocol.exchange import Exchange, Outcome, Pulled
+from protocol.exchange import Exchange
 from protocol.memory_bus import MemoryBroker, MemoryBus
 from protocol.messages import (
     Base,
@@ -56,6 +56,7 @@ from protocol.messages import (
     Training,
 )
 from protocol.outgoing import Outgoing
+from protocol.pulling import Outcome, Pulled
 from protocol.spool import Spool
 from protocol.topics import FromAgent, Topics
 from protocol.transfer import Receiving
@@ -191,7 +192,7 @@ class Cloud:
                     place = topics.parse(topic)
                     assert isinstance(place, FromAgent)
                     if place.leaf == "d":
-                        self.exchange.chunk("a1", place.xfer, payload)
+                        self.exchange.pulling.chunk("a1", place.xfer, payload)
                     else:
                         await self._hear(codec.decode(payload).b)
 
@@ -204,7 +205,7 @@ class Cloud:
             case Offer(blob=blob) if blob.xfer in self.updates:
                 self.say("a1", Done(xfer=blob.xfer))
             case Offer(blob=blob) if self.takes_updates:
-                self.exchange.pull("a1", blob)
+                self.exchange.pulling.pull("a1", blob)
         async with self._news:
             self.heard.append(body)
             self._news.notify_all()
@@ -402,7 +403,7 @@ async def test_cut_off_while_it_downloads_it_goes_on_at_once(stage: Stage, cloud
 
     stage.broker.drop = cut
     agent = await stage.start()
-    agent.traffic.exchange.receiving.timeout_s = agent.traffic.exchange.receiving.max_timeout_s = 1e6
+    agent.traffic.exchange.pulling.receiving.timeout_s = agent.traffic.exchange.pulling.receiving.max_timeout_s = 1e6
     model = cloud.serve(bytes(range(256)) * 80)
     cloud.give(a_plan(round=2, version=1, model=model, broadcast=listening))
     assert (await cloud.hears(Grant)).until == (model.n_chunks if listening else 0)
@@ -658,7 +659,7 @@ async def test_the_uplink_is_measured_once_before_anything_was_uploaded(stage: S
     while not (await cloud.hears(Report)).up_bytes_per_s:
         pass
     assert probes == [1, CHUNK]
-    assert cloud.exchange.receiving.counts.n_stray == 2, "dropped unread"
+    assert cloud.exchange.pulling.receiving.counts.n_stray == 2, "dropped unread"
     stage.broker.cut("a1")
     await cloud.hears(Presence, online=True)
     cloud.give(a_plan())

@@ -19,10 +19,11 @@ from coordinator.bucket import Bucket
 from protocol.blobs import Blobs
 from protocol.bus import Connected, Received
 from protocol.errors import BadMessage
-from protocol.exchange import Exchange, Outcome, Pulled
+from protocol.exchange import Exchange
 from protocol.http_store import Carrier
 from protocol.memory_bus import MemoryBroker
 from protocol.messages import Blob, Done, Grant, Placed, Refuse
+from protocol.pulling import Outcome, Pulled
 from protocol.spool import Spool
 from protocol.topics import FromAgent, Topics
 from protocol.transfer import Receiving
@@ -80,7 +81,7 @@ class Side:
             case Grant():
                 self.exchange.granted(peer, message)
             case Placed():
-                self.exchange.placed(peer, message)
+                self.exchange.pulling.placed(peer, message)
         self.moved.set()
 
     async def run(self) -> None:
@@ -97,20 +98,20 @@ class Side:
                         place = topics.parse(topic)
                         self.n_chunks += 1
                         peer = place.agent if isinstance(place, FromAgent) else CLOUD
-                        self.exchange.chunk(peer, topic.rpartition("/")[2], payload)
+                        self.exchange.pulling.chunk(peer, topic.rpartition("/")[2], payload)
                 self.moved.set()
 
     async def _tick(self) -> None:
         while True:
             self.moved.clear()
-            due = self.exchange.wake_at
+            due = self.exchange.pulling.wake_at
             with suppress(TimeoutError):
                 async with asyncio.timeout(None if due is None else max(0.0, due - time.monotonic())):
                     await self.moved.wait()
-            self.exchange.tick()
+            self.exchange.pulling.tick()
 
     def pull(self, peer: str, blob: Blob, **how: Any) -> None:
-        self.exchange.pull(peer, blob, by_store=True, **how)
+        self.exchange.pulling.pull(peer, blob, by_store=True, **how)
         self.moved.set()
 
     async def ended(self) -> Outcome:
@@ -187,7 +188,7 @@ async def test_whoever_was_killed_in_mid_upload_puts_the_rest_only(tmp_path: Pat
         blob = agent.has(tmp_path / "update", 24 * 2**20)
         agent.rewrite = lambda message: message if next(heard) < 4 else None
         cloud.pull("a0", blob)
-        await until(lambda: cloud.exchange.fetching.receiving.counts.n_chunks >= 3)
+        await until(lambda: cloud.exchange.pulling.fetching.receiving.counts.n_chunks >= 3)
     async with sides(tmp_path, bucket()) as (cloud, agent):
         agent.has(tmp_path / "update", 24 * 2**20)
         cloud.pull("a0", blob)
@@ -199,7 +200,7 @@ async def test_without_the_store_the_rest_goes_over_the_bus(tmp_path: Path, s3: 
     async with sides(tmp_path, bucket()) as (cloud, agent):
         blob, model = agent.has(tmp_path / "update", 24 * 2**20), cloud.has(tmp_path / "model")
         cloud.pull("a0", blob)
-        await until(lambda: cloud.exchange.fetching.receiving.counts.n_chunks > 0)
+        await until(lambda: cloud.exchange.pulling.fetching.receiving.counts.n_chunks > 0)
         s3.kill()
         try:
             end = await cloud.ended()

@@ -174,7 +174,7 @@ def arm_coordinator(spring: Traps) -> Callable[[], int]:
     from coordinator.__main__ import main
     from coordinator.planner import automatic
     from coordinator.store import Store
-    from protocol.exchange import Exchange
+    from protocol.pulling import Pulling
 
     _around(Store, "append", spring, _kinds("inbox"), _kinds("committed"))
     _around(Store, "add_version", spring, None, lambda *_: ["version.added"])
@@ -185,7 +185,7 @@ def arm_coordinator(spring: Traps) -> Callable[[], int]:
     _around(folding, "write_model", spring, None, lambda *_: ["fold.written"])
     _around(export, "write_tensors", spring, None, lambda *_: ["export.torn"])
     n_chunks = iter(range(1, 10**9))
-    _around(Exchange, "chunk", spring, None, lambda *_: [f"upload.{next(n_chunks)}"])
+    _around(Pulling, "chunk", spring, None, lambda *_: [f"upload.{next(n_chunks)}"])
 
     class Armed(daemon.Coordinator):
         def __init__(self, *arguments: Any) -> None:

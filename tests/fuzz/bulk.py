@@ -45,7 +45,7 @@ def _store() -> Path:
 
 
 class Receiver:
-    """The receiving machine with its disk, as protocol/exchange.py binds them."""
+    """The receiving machine with its disk, as protocol/pulling.py binds them."""
 
     def __init__(self) -> None:
         self.start()

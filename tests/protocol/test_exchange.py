@@ -17,10 +17,10 @@ import pytest
 from bench.transfer_live.node import CLOUD, Node, blob_of
 from protocol.bus import Connected
 from protocol.errors import BadMessage
-from protocol.exchange import Lost, Outcome, Pulled
 from protocol.frames import encode_frame
 from protocol.memory_bus import MemoryBroker
 from protocol.messages import Blob, Done, Grant, Placed, Refuse
+from protocol.pulling import Lost, Outcome, Pulled
 from protocol.spool import Spool
 from protocol.topics import Topics
 
@@ -148,7 +148,7 @@ async def test_an_update_goes_up(start: Start, wire: Wire, tmp_path: Path, n_byt
     assert len(wire.passed) == blob.n_chunks, "nothing is sent twice"
     assert agent.exchange.n_sent_bytes == n_bytes
     assert cloud.unfinished() == []
-    assert cloud.exchange.wake_at is None
+    assert cloud.exchange.pulling.wake_at is None
 
 
 async def test_many_blobs_in_both_directions_at_once(start: Start, wire: Wire, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ async def test_of_many_that_offer_at_once_few_are_begun_and_all_arrive(
     }
     assert max(n_begun) <= 2 + 3
     assert len(wire.passed) == 12 * 12
-    assert cloud.exchange.wake_at is None
+    assert cloud.exchange.pulling.wake_at is None
 
 
 async def test_who_is_silent_does_not_keep_others_waiting_for_long(start: Start, tmp_path: Path) -> None:
@@ -249,11 +249,11 @@ async def test_one_copy_goes_to_all_who_listen(start: Start, wire: Wire, tmp_pat
         assert await agent.pulled(model.sha256) == data
     assert wire.passed == [(model.xfer, index) for index in range(20)]
     assert cloud.exchange.n_sent_bytes == model.size
-    n_heard = [agent.exchange.receiving.counts for agent in agents]
+    n_heard = [agent.exchange.pulling.receiving.counts for agent in agents]
     await cloud.bus.publish(topics.blob(model.xfer), encode_frame(0, bytes(CHUNK)), qos=0)
     await cloud.bus.publish(topics.down("a0", "grant"), cloud.outgoing.encode(Done(xfer=model.xfer)))
     await agents[0].answered()
-    assert agents[0].exchange.receiving.counts == n_heard[0], "it listens no longer"
+    assert agents[0].exchange.pulling.receiving.counts == n_heard[0], "it listens no longer"
 
 
 async def test_who_cannot_hear_the_broadcast_pulls(start: Start, wire: Wire, tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ async def test_a_download_that_is_begun_anew_before_the_broker_has_answered_begi
     monkeypatch.setattr(agent.bus, "subscribe", slowly)
     agent.pull(CLOUD, model, listen=True)
     await asked.wait()
-    agent.exchange.stop_pulling(CLOUD, model.xfer)
+    agent.exchange.pulling.stop(CLOUD, model.xfer)
     agent.pull(CLOUD, model, listen=True)
     answered.set()
     assert await agent.pulled(model.sha256) == Random(1).randbytes(model.size)
@@ -341,7 +341,9 @@ async def test_a_receiver_that_was_cut_off_asks_again_at_once(start: Start, wire
     model = cloud.have(a_file(tmp_path, 20 * CHUNK))
     agent.pull(CLOUD, model)
     assert await agent.pulled(model.sha256) == Random(1).randbytes(model.size)
-    assert len(wire.passed) <= 20 + 2 * agent.exchange.receiving.window, "at most what was in flight is sent again"
+    assert len(wire.passed) <= 20 + 2 * agent.exchange.pulling.receiving.window, (
+        "at most what was in flight is sent again"
+    )
 
 
 @pytest.mark.parametrize("victim", ["a1", CLOUD])
@@ -375,7 +377,7 @@ async def test_chunks_that_nobody_asked_for_are_ignored(start: Start) -> None:
     await agent.bus.publish(topics.up_chunk("a1", "f" * 32), encode_frame(0, b"x"), qos=0)
     await agent.bus.publish(topics.up("a1", "answer"), agent.outgoing.encode(Done(xfer="f" * 32)))
     assert await cloud.answered() == Done(xfer="f" * 32)
-    assert cloud.exchange.receiving.counts.n_stray == 1
+    assert cloud.exchange.pulling.receiving.counts.n_stray == 1
     assert cloud.unfinished() == []
 
 
@@ -443,10 +445,10 @@ async def test_a_blob_that_is_not_offered_is_refused(start: Start) -> None:
     assert isinstance(refuse, Refuse)
     assert (refuse.xfer, refuse.retry_after_s) == (blob.xfer, 0.0)
     assert refuse.reason.startswith("superseded")
-    agent.exchange.stop_pulling(CLOUD, blob.xfer)
+    agent.exchange.pulling.stop(CLOUD, blob.xfer)
     assert agent.unfinished() == []
     assert agent.outcomes.empty()
-    assert len(cloud.exchange.receiving) == len(agent.exchange.receiving) == 0
+    assert len(cloud.exchange.pulling.receiving) == len(agent.exchange.pulling.receiving) == 0
 
 
 @pytest.mark.parametrize("left", [None, 5 * CHUNK])
@@ -566,13 +568,13 @@ async def test_what_is_not_wanted_any_more_leaves_nothing(start: Start, wire: Wi
     stopped = asyncio.Event()
 
     def stop() -> None:
-        cloud.exchange.stop_pulling("a1", blob.xfer)
+        cloud.exchange.pulling.stop("a1", blob.xfer)
         stopped.set()
 
     wire.at[4] = stop
     cloud.pull("a1", blob)
     await stopped.wait()
-    cloud.exchange.stop_pulling("a1", blob.xfer)
+    cloud.exchange.pulling.stop("a1", blob.xfer)
     cloud.pull("a1", other)
     assert await cloud.pulled(other.sha256) == Random(2).randbytes(other.size)
     assert cloud.outcomes.empty()

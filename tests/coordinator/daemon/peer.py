@@ -19,7 +19,7 @@ from protocol import codec
 from protocol.adapters import Factors
 from protocol.blobs import Blobs
 from protocol.bus import Connected, Received
-from protocol.exchange import Exchange, Outcome, Pulled
+from protocol.exchange import Exchange
 from protocol.memory_bus import MemoryBroker
 from protocol.messages import (
     Blob,
@@ -40,6 +40,7 @@ from protocol.messages import (
 )
 from protocol.models import read_model
 from protocol.outgoing import Outgoing
+from protocol.pulling import Outcome, Pulled
 from protocol.spool import Spool
 from protocol.topics import FromCoordinator, ToAgent, Topics
 from protocol.transfer import Receiving
@@ -119,9 +120,9 @@ class Peer:
                 case Received(topic, payload, _) if payload:
                     match topics.parse(topic):
                         case ToAgent(leaf="d", xfer=xfer):
-                            self.exchange.chunk("coordinator", xfer, payload)
+                            self.exchange.pulling.chunk("coordinator", xfer, payload)
                         case FromCoordinator(leaf="blob", name=xfer):
-                            self.exchange.chunk("coordinator", xfer, payload, heard=True)
+                            self.exchange.pulling.chunk("coordinator", xfer, payload, heard=True)
                         case ToAgent() | FromCoordinator():
                             self._hear(codec.decode(payload).b)
             self._moved.set()
@@ -129,11 +130,11 @@ class Peer:
     async def _tick(self) -> None:
         while True:
             self._moved.clear()
-            due = self.exchange.wake_at
+            due = self.exchange.pulling.wake_at
             with suppress(TimeoutError):
                 async with asyncio.timeout(None if due is None else max(0.0, due - time.monotonic())):
                     await self._moved.wait()
-            self.exchange.tick()
+            self.exchange.pulling.tick()
 
     def _hear(self, body: object) -> None:
         match body:
@@ -173,7 +174,7 @@ class Peer:
             self.moves(plan, ExecState.DONE, surveyed=SURVEYED)
         elif plan.model is not None:
             self._training[plan.model.xfer] = plan
-            self.exchange.pull("coordinator", plan.model, listen=plan.broadcast)
+            self.exchange.pulling.pull("coordinator", plan.model, listen=plan.broadcast)
         else:
             self._train(plan)
 

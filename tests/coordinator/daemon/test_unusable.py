@@ -116,7 +116,7 @@ async def test_ever_new_offers_for_one_share_do_not_pile_up(stage: Stage) -> Non
         blob = Blob(sha256=f"{number:064x}", size=9_000, chunk=CHUNK)
         stage.broker.route(topics.up("bb", "offer"), bb.outgoing.encode(Offer(**said, blob=blob)))  # type: ignore[arg-type]
     await stage.until(lambda one: one.traffic.is_fetching("bb", blob))
-    assert len(stage.coordinator.exchange.receiving) == 1
+    assert len(stage.coordinator.exchange.pulling.receiving) == 1
     assert len(list(stage.coordinator.blobs.partial.iterdir())) <= 2, "its data and its log"
 
 

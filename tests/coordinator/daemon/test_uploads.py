@@ -40,7 +40,7 @@ async def test_without_a_broker_it_rests(tmp_path: Path) -> None:
         await stage.submit(job_spec())
         await stage.until(PHASES["one update is here"])
         stage.broker.hold("coordinator")
-        due, ticks, tick = one.exchange.wake_at, 0, one._tick
+        due, ticks, tick = one.exchange.pulling.wake_at, 0, one._tick
         assert due is not None, "the pull from bb is open"
 
         def counted() -> None:
