@@ -182,7 +182,8 @@ def _exactly(terms: Sequence[Term], rank: int, width: int, each_side: Each) -> L
         if n > width:
             cut = principal(b[:, :n], a[:n], max(rank, width // 2), scale=scale[:n], each=each_side)
             n, dropped = len(cut.a), dropped + cut.dropped_energy
-            b[:, :n], a[:n], scale[:n] = cut.b, cut.a, 1.0
+            root = np.sqrt(cut.singular[:n])  # as unit vectors: float32's range is for the end
+            b[:, :n], a[:n], scale[:n] = cut.b / root, cut.a / root[:, None], cut.singular[:n]
     whole = principal(b[:, :n], a[:n], rank, scale=scale[:n], each=each_side)
     energy = whole.energy + dropped
     return Leading(whole.to_factors(), (whole.dropped_energy + dropped) / energy if energy else 0.0)

@@ -402,6 +402,17 @@ def test_a_large_fleet_gives_the_same_bits_in_any_order_beside_anything_and_read
         assert found.dropped_ratio == expected.dropped_ratio
 
 
+@pytest.mark.parametrize("stack_width", [8, 1024])
+def test_a_sum_beyond_the_range_names_who_is_to_blame(stack_width: int) -> None:
+    sides = np.full((4, 40), 3e38, np.float32), np.full((30, 4), 3e38, np.float32)
+    fleet = [Weighted(f"a{i}", 1, 1.0, InMemory({"m": Factors(*sides)})) for i in range(10)]
+    with pytest.raises(BadUpdate, match="leaves float32's range: drop a0's"):
+        Product(stack_width=stack_width).aggregate({}, fleet, max_rank=4)
+    less = [Weighted(f"a{i}", 1, 1.0, InMemory({"m": Factors(sides[0] / 2, sides[1] / 2)})) for i in range(10)]
+    found = Product(stack_width=stack_width).aggregate({}, less, max_rank=4).adapter
+    assert found["m"].norm() == pytest.approx(Factors(sides[0] / 2, sides[1] / 2).norm(), rel=1e-5)
+
+
 def test_how_a_fold_is_spread_follows_from_all_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "_LARGE_VALUES", 0)
     _, fleet = crowd(9, 0.5)
