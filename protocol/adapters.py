@@ -265,7 +265,7 @@ def principal(b: Floats, a: Floats, rank: int, *, scale: F64 | float = 1.0, each
 
     Shapes: b (d_out, R), a (R, d_in), scale (R,) or one for all; any R, also above d_out or d_in.  `each` does the two sides:
     one after the other, or at a time.  Cost: O((d_in + d_out) R^2 + R^3) time, and memory for the result, some R x R and a block;
-    where the columns of a side depend on each other, for that side in float64.
+    a side whose columns depend on each other is copied.
     """
     if 0 in {a.shape[0], *b.shape, *a.shape}:
         return Principal(a=np.zeros((0, a.shape[1])), b=np.zeros((len(b), 0)), singular=np.zeros(0))

@@ -91,7 +91,10 @@ def sum_of_products(
 
     def work(name: str) -> Leading:
         terms = _terms(name, model if kept else {}, ordered, (kept, server_lr))
-        return _leading(name, terms, max_rank, stack_width, each_side)
+        try:
+            return _leading(name, terms, max_rank, stack_width, each_side)
+        except np.linalg.LinAlgError as error:
+            raise BadUpdate(f"the sum of matrix {name!r} cannot be decomposed: {error}") from error
 
     workers = ThreadPoolExecutor(_N_WORKERS)
     each, each_side = _ways(ordered, workers)

@@ -413,6 +413,15 @@ def test_a_sum_beyond_the_range_names_who_is_to_blame(stack_width: int) -> None:
     assert found["m"].norm() == pytest.approx(Factors(sides[0] / 2, sides[1] / 2).norm(), rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("n_agents", [10, 200])
+def test_what_cannot_be_decomposed_is_an_update_s_fault(n_agents: int) -> None:
+    sides = np.full((4, 128), np.nan, np.float32), np.ones((96, 4), np.float32)
+    fleet = [Weighted(f"a{i}", 1, 1.0, InMemory({"m": Factors(*sides)})) for i in range(n_agents)]
+    with pytest.raises(BadUpdate, match="'m'"):
+        Product().aggregate({}, fleet, max_rank=4)
+
+
 def test_how_a_fold_is_spread_follows_from_all_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "_LARGE_VALUES", 0)
     _, fleet = crowd(9, 0.5)
