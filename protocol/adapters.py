@@ -313,18 +313,20 @@ def _qr_by_cholesky(x: Floats) -> tuple[Times, F64] | None:
 
 def _qr_by_blocks(x: Floats) -> tuple[Times, F64]:
     """By reflections, where d is large in blocks of rows; the Q of each takes its place in a copy of x."""
-    n_blocks = max(1, len(x) // max(QR_ROWS, 8 * x.shape[1]))
+    n_blocks = len(x) // max(QR_ROWS, 8 * x.shape[1])
+    if n_blocks < 2:
+        q, r = np.linalg.qr(x.astype(np.float64))
+        return q.__matmul__, r
     tall = np.array_split(x.astype(np.float64), n_blocks)
     tops = []
     for block in tall:
-        q, r = np.linalg.qr(block)
+        block[:], r = np.linalg.qr(block)
         tops.append(r)
-        block[:, : len(r)] = q
     small, r = np.linalg.qr(np.concatenate(tops))
-    parts = np.split(small, np.cumsum([len(top) for top in tops])[:-1])
+    parts = np.split(small, n_blocks)
 
     def times(y: F64) -> F64:
-        return np.concatenate([q[:, : len(part)] @ (part @ y) for q, part in zip(tall, parts, strict=True)])
+        return np.concatenate([q @ (part @ y) for q, part in zip(tall, parts, strict=True)])
 
     return times, r
 
