@@ -45,6 +45,9 @@ class _Seen(msgspec.Struct, frozen=True):
     sha256: str
 
 
+_all_seen: Final = msgspec.json.Decoder(dict[str, _Seen])
+
+
 def resolve(base: Base, config: BasesConfig) -> Path:
     """The folder of a base model.  Raises BadConfig, or Unavailable when a download failed; may download for hours."""
     named = config.models.get(base.source)
@@ -123,7 +126,7 @@ def _remembered(cache: Path | None) -> dict[str, _Seen]:
     if cache is None or not cache.is_file():
         return {}
     try:
-        return msgspec.json.decode(cache.read_bytes(), type=dict[str, _Seen])
+        return _all_seen.decode(cache.read_bytes())
     except (msgspec.DecodeError, OSError):
         logger.warning("digest cache unreadable, hashing again", extra={"action": "digest_cache_lost"})
         return {}

@@ -30,6 +30,11 @@ class _Header(msgspec.Struct):
     data_offsets: tuple[int, int]
 
 
+msgspec.msgpack.Decoder(
+    _Header
+)  # works the type out, now: two threads that do so at once end the process (msgspec 0.22)
+
+
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """One tensor's place: `offset` is from the start of the file; `dtype` is the file's own name for it."""

@@ -94,6 +94,11 @@ class Enrolment(msgspec.Struct, frozen=True, kw_only=True):
     expires_at: float = 0.0
 
 
+msgspec.msgpack.Decoder(
+    Enrolment
+)  # works the type out, now: two threads that do so at once end the process (msgspec 0.22)
+
+
 class Certificate(NamedTuple):
     """One that was issued."""
 
