@@ -30,9 +30,8 @@ class _Header(msgspec.Struct):
     data_offsets: tuple[int, int]
 
 
-msgspec.msgpack.Decoder(
-    _Header
-)  # works the type out, now: two threads that do so at once end the process (msgspec 0.22)
+# Works the type out, while there is one thread: two that do so at once end the process (msgspec 0.22).
+msgspec.msgpack.Decoder(_Header)
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,9 +94,8 @@ class Enrolment(msgspec.Struct, frozen=True, kw_only=True):
     expires_at: float = 0.0
 
 
-msgspec.msgpack.Decoder(
-    Enrolment
-)  # works the type out, now: two threads that do so at once end the process (msgspec 0.22)
+# Works the type out, while there is one thread: two that do so at once end the process (msgspec 0.22).
+msgspec.msgpack.Decoder(Enrolment)
 
 
 class Certificate(NamedTuple):
