@@ -115,7 +115,7 @@ class Coordinator:
         """Work until `stop` is set; `more` (the web server) runs beside it."""
         extra = {"action": "started", "fleet": self.config.fleet, "session": self.outgoing.session}
         logger.info("started", extra=extra)
-        async with self.bus, asyncio.TaskGroup() as group:
+        async with self.bus, self.work.ahead, asyncio.TaskGroup() as group:
             self._group = group
             await self.bus.subscribe(*self.topics.coordinator_subscriptions())
             self.tell(ev.BusLost(since=self.store.last_at()))
@@ -247,11 +247,14 @@ class Coordinator:
                 self.traffic.decline(agent, xfer, reason)
             case act.Aggregate():
                 self._spawn(f"fold/{wish.job}/{wish.round}/{wish.attempt}", self._fold(wish))
+            case act.AggregateAhead(fold=fold):
+                self.work.fold_ahead(fold, self.traffic.unchecked)
             case act.Serve(blob=blob):
                 self.traffic.serve(blob)
             case act.Finish(job=job, phase=phase, reason=reason, cause=cause):
                 ended = {"action": "job_ended", "job": job, "phase": phase, "cause": cause, "reason": reason}
                 logger.info("job ended", extra=ended)
+                self.work.ahead.give_up(job)
                 self._export(job)
             case act.Restore(job=job) if self.fleet.state.jobs[job].phase in ENDED:
                 self._export(job)

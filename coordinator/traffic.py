@@ -17,6 +17,7 @@ from coordinator.bucket import Bucket
 from coordinator.config import CoordinatorConfig
 from coordinator.core import actions as act
 from coordinator.core import events as ev
+from coordinator.folding import Unchecked
 from coordinator.intake import MAX_NAMED
 from coordinator.work import RETRY_S, Work
 from protocol.blobs import Blobs
@@ -113,6 +114,22 @@ class Traffic:
         """Whether this blob is being pulled or judged already, in chunks of the same size."""
         wish = self._fetching.get(agent, {}).get(blob.xfer)
         return wish is not None and wish.offer.blob == blob
+
+    def unchecked(self, fold: act.Aggregate) -> dict[str, Unchecked] | None:
+        """Those of its updates that are pulled or judged, to be read meanwhile, by digest; None if one is neither that nor here."""
+        found: dict[str, Unchecked] = {}
+        for agent, sha256 in ((c.agent, c.sha256) for c in fold.contributions):
+            wishes, is_here = self._fetching.get(agent, {}).values(), self._blobs.has(sha256)
+            if wish := next((wish for wish in wishes if wish.offer.blob.sha256 == sha256), None):
+                file = (
+                    self._blobs.path(sha256) if is_here else self.exchange.pulling.coming(agent, wish.offer.blob.xfer)
+                )
+                if file is None:
+                    return None
+                found[sha256] = Unchecked(file, wish.ranks)
+            elif not is_here:
+                return None
+        return found
 
     def under_way(self) -> set[str]:
         """Digests of what is being pulled or judged."""

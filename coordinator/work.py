@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Final
 
 from coordinator import folding
+from coordinator.ahead import Ahead
 from coordinator.config import CoordinatorConfig
 from coordinator.core import actions as act
 from coordinator.core import events as ev
 from coordinator.core.state import FleetState, JobState, RoundRecord
 from coordinator.disk import Disk, refuses
 from coordinator.exporting import export_version
+from coordinator.folding import Unchecked
 from coordinator.planner import automatic
 from coordinator.planner.servers import Ask
 from coordinator.store import Store, Version
@@ -64,6 +66,7 @@ class Work:
         self._config, self._store, self._blobs, self._clock, self._disk = config, store, blobs, clock, disk
         self._shapes: tuple[Sequence[Matrix], Mapping[str, tuple[int, int]]] = [], {}
         self._checking = asyncio.Semaphore(N_CHECKING)
+        self.ahead = Ahead(self._folded)
 
     def renew(self, config: CoordinatorConfig) -> None:
         """Another configuration, from the next piece of work on."""
@@ -105,8 +108,9 @@ class Work:
         """The next version, stored.  A full disk is waited out; whatever else goes wrong is the end of the job."""
         while True:
             try:
-                chunk, allowed = self._config.broker.chunk_bytes, self._config.allow_methods
-                done = await asyncio.to_thread(folding.fold, wish, self._blobs, chunk, allowed)
+                done = await self.ahead.take(wish)
+                if done is None:
+                    done = await asyncio.to_thread(self._folded, wish)
                 self._store.add_version(
                     Version(
                         job=done.job,
@@ -127,6 +131,19 @@ class Work:
             else:
                 self._disk.wrote(f"version {wish.version} of {wish.job}")
                 return done
+
+    def fold_ahead(
+        self, wish: act.Aggregate, unchecked: Callable[[act.Aggregate], Mapping[str, Unchecked] | None]
+    ) -> None:
+        """Begin a fold that is likely to be asked for, if that pays; `unchecked` finds what of it is still on its way."""
+        if not self.ahead.may_begin(wish) or not folding.pays_early(wish, self._config.allow_methods):
+            return
+        if found := unchecked(wish):
+            self.ahead.begin(wish, found)
+
+    def _folded(self, wish: act.Aggregate, early: folding.Early = folding.NOT_EARLY) -> ev.Aggregated:
+        config = self._config
+        return folding.fold(wish, self._blobs, config.broker.chunk_bytes, config.allow_methods, early)
 
     async def write_down(self, wish: act.Written) -> None:
         """Write down how a round ended, or a job, or which version is an earlier one; a full disk is waited out."""

@@ -16,20 +16,21 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import pairwise, repeat
 from operator import attrgetter
-from pathlib import Path
-from typing import Annotated, BinaryIO, Final, TypeVar
+from typing import Annotated, Final, TypeVar
 
 import msgpack
 import msgspec
 from msgspec import Meta
 
 from protocol.adapters import Stacks, alike
+from protocol.arriving import Read, Source, reading
 from protocol.errors import BadUpdate
 from protocol.messages import MAX_MATRICES, Name
 
 VERSION: Final = 1
 MAX_HEADER_BYTES: Final = 8 * 2**20
 """20,000 matrices with names of 200 bytes take 4.4 MB."""
+_READ_BYTES: Final = 64 * 2**10
 
 Dimension = Annotated[int, Meta(ge=1, le=2**24)]
 
@@ -177,13 +178,13 @@ _head: Final = msgspec.msgpack.Decoder(_Head)
 _listed: Final = msgspec.msgpack.Decoder(_Listed)
 
 
-def read_header(path: Path, kind: msgspec.msgpack.Decoder[H]) -> tuple[H, Contents, int]:
-    """The header at the start of `path`, its table of contents, and its length in bytes, which is where the values start.
+def read_header(source: Source, kind: msgspec.msgpack.Decoder[H]) -> tuple[H, Contents, int]:
+    """The header at the start of `source`, its table of contents, and its length in bytes, which is where the values start.
 
     `kind` decodes one kind of header; it is made by a module, not by a call.  Raises BadUpdate for anything that is not such a header; reads and allocates in proportion to the header, not the file.
     """
-    with path.open("rb") as file:
-        packed = _first_object(file)
+    with reading(source) as read:
+        packed = _first_object(read)
     try:
         if (found := _version(packed)) != VERSION:
             raise BadUpdate(f"file version {found} is not {VERSION}: upgrade the older side")
@@ -194,15 +195,20 @@ def read_header(path: Path, kind: msgspec.msgpack.Decoder[H]) -> tuple[H, Conten
     return msgspec.structs.replace(header, matrices=contents.raw), contents, len(packed)
 
 
-def _first_object(file: BinaryIO) -> bytes:
+def _first_object(read: Read) -> bytes:
     """The bytes of the first msgpack object: found by skipping it, because to build it would believe its lengths."""
-    unpacker = msgpack.Unpacker(file, read_size=64 * 1024, max_buffer_size=MAX_HEADER_BYTES)
-    try:
-        unpacker.skip()
-    except (ValueError, msgpack.UnpackException) as error:
-        raise BadUpdate(f"no msgpack header within the limits: {type(error).__name__}: {error}"[:400]) from None
-    file.seek(0)
-    return file.read(unpacker.tell())
+    unpacker, found = msgpack.Unpacker(read_size=_READ_BYTES, max_buffer_size=MAX_HEADER_BYTES), b""
+    while piece := read(_READ_BYTES, len(found)):
+        found += piece
+        try:
+            unpacker.feed(piece)
+            unpacker.skip()
+        except msgpack.OutOfData:
+            continue
+        except (ValueError, msgpack.UnpackException) as error:
+            raise BadUpdate(f"no msgpack header within the limits: {type(error).__name__}: {error}"[:400]) from None
+        return found[: unpacker.tell()]
+    raise BadUpdate(f"no msgpack header within the limits: the file ends after {len(found)} bytes")
 
 
 def _version(packed: bytes) -> int | str:

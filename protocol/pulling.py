@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from protocol.arriving import Arriving
 from protocol.bus import Bus, BusError
 from protocol.errors import BadMessage, Unavailable
 from protocol.fetching import Fetching
@@ -65,6 +66,18 @@ class _Pull:
     listening: bool
     by_store: bool = False
     begun: bool = False
+    readers: list[Arriving] = field(default_factory=list)
+
+    def show(self) -> None:
+        """Let those who read it already have what is there."""
+        if self.readers and self.partial:
+            for reader in self.readers:
+                reader.reached(self.partial.n_ready_bytes, self.partial.path)
+
+    def let_down(self, reason: str) -> None:
+        """It does not come: nobody need wait for the rest of it."""
+        for reader in self.readers:
+            reader.lost(reason)
 
     def lost(self, reason: str, *, temporary: bool = True) -> Lost:
         return Lost(self.peer, self.blob, self.sha256, reason, temporary)
@@ -137,6 +150,8 @@ class Pulling:
         known = self._pulls.get((peer, blob.xfer))
         if known is not None and (known.blob, known.size) == (blob, size):
             return
+        if known:
+            known.let_down("it was offered otherwise")
         self.fetching.close(peer, blob.xfer)
         self._line.leave((peer, blob.xfer))
         pull = _Pull(peer, blob, size, sha256 or blob.sha256, None, listen, by_store and self._way.is_open(peer))
@@ -159,6 +174,8 @@ class Pulling:
             self._begin(self._pulls[key])
 
     def _begin(self, pull: _Pull) -> None:
+        if pull.begun:
+            pull.let_down("it was begun anew")
         pull.begun = True
         peer, blob, now = pull.peer, pull.blob, self._clock()
         self._perform(self.receiving.close(peer, blob.xfer, now))  # of another geometry, perhaps
@@ -205,6 +222,8 @@ class Pulling:
         self._perform(self.receiving.close(peer, xfer, self._clock()))
         self.fetching.close(peer, xfer)
         self._ears.set()
+        if pull:
+            pull.let_down("it is not wanted any more")
         if pull and pull.partial:
             pull.partial.discard()
         self._line.leave((peer, xfer))
@@ -221,7 +240,8 @@ class Pulling:
             return
         index, data = decode_frame(payload)
         try:
-            is_new = pull.partial.write(index, data, carried_checksum(payload))
+            if is_new := pull.partial.write(index, data, carried_checksum(payload)):
+                pull.show()
         except Unavailable as error:
             pull.partial = None
             self._perform(self.receiving.close(peer, xfer, self._clock()))
@@ -263,7 +283,19 @@ class Pulling:
                 if end and self._is_wanted(pull):
                     del self._pulls[pull.peer, pull.blob.xfer]
                     self._ears.set()
+                    for reader in pull.readers:
+                        reader.arrived() if isinstance(end, Pulled) else reader.lost(end.reason)
                     await self._outcome(end)
+
+    def coming(self, peer: str, xfer: str) -> Arriving | None:
+        """To read a blob while it comes; None if it is not being pulled whole.  Verified it is when `settled` says so."""
+        pull = self._pulls.get((peer, xfer))
+        if pull is None or pull.size is not None:
+            return None
+        found = Arriving(pull.blob.size)
+        pull.readers = [*(reader for reader in pull.readers if not reader.fault), found]
+        pull.show()
+        return found
 
     def remaining(self, peer: str, xfer: str) -> int | None:
         """Chunks still to come, for display; None if it is not being pulled, nor waits for it."""

@@ -89,12 +89,18 @@ class Partial:
         self.size = blob.size if size is None else size
         self.have = Bitmap(n_prefix_chunks(blob, size))
         self._blobs, self._reserve_bytes, self._opened = blobs, reserve_bytes, opened
-        self._path = blobs.partial / f"{owner}.{blob.xfer}"
+        self.path = blobs.partial / f"{owner}.{blob.xfer}"
         self._log_end = blob.size + _HEADER.size
         self._seen: _Seen | None = None
         self.is_verifying = False
         with disk(blobs.folder), _NAMES:
             self._resume()
+
+    @property
+    def n_ready_bytes(self) -> int:
+        """How much is there from the beginning on, without a gap."""
+        gap = next(self.have.missing(), None)
+        return self.size if gap is None else gap[0] * self.blob.chunk
 
     def write(self, index: int, data: bytes | memoryview, crc: int | None = None) -> bool:
         """Put a chunk in its place; False if it is there already or beyond the wanted prefix.
@@ -113,7 +119,7 @@ class Partial:
             if self._reserve_bytes and shutil.disk_usage(self._blobs.folder).free < self._reserve_bytes:
                 raise OSError(errno.ENOSPC, f"{self._reserve_bytes / 1e6:.0f} MB are to stay free")
             seen = self._seen or self._look()
-            with _writing(self._path) as descriptor:
+            with _writing(self.path) as descriptor:
                 if not seen.is_of(descriptor):
                     raise FileNotFoundError(errno.ENOENT, "the unfinished file was begun anew")
                 _write_at(descriptor, data, index * self.blob.chunk)
@@ -138,7 +144,7 @@ class Partial:
             self._check_latest()
             self.is_verifying = True
         try:
-            with disk(self._blobs.folder), self._path.open("rb+", buffering=0) as file:
+            with disk(self._blobs.folder), self.path.open("rb+", buffering=0) as file:
                 found = self._verify(file, self._seen, expected)
         finally:
             self.is_verifying = False
@@ -157,10 +163,10 @@ class Partial:
         """Delete everything of this transfer; what the disk does not let go is swept later."""
         self.close()
         with suppress(OSError), _NAMES:
-            self._path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
 
     def _look(self) -> _Seen:
-        self._seen = _Seen(self._path)
+        self._seen = _Seen(self.path)
         self._opened(self)
         return self._seen
 
@@ -176,16 +182,16 @@ class Partial:
             os.fsync(file.fileno())
         with _NAMES:
             self._check_latest()
-            if not os.path.samestat(os.fstat(file.fileno()), self._path.stat()):
+            if not os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
                 raise Unavailable(f"{self.blob.xfer} was given up and begun anew while it was verified")
             if found == expected:
-                self._blobs.adopt(self._path, found, is_synced=True)
+                self._blobs.adopt(self.path, found, is_synced=True)
             else:
-                self._path.unlink()
+                self.path.unlink()
         return found
 
     def _check_latest(self) -> None:
-        if _LATEST.get(self._path, self) is not self:
+        if _LATEST.get(self.path, self) is not self:
             raise Unavailable(f"{self.blob.xfer} was begun anew before it was verified")
 
     def _length(self, index: int) -> int:
@@ -194,16 +200,16 @@ class Partial:
     def _resume(self) -> None:
         """Take over what an earlier process left, chunk by chunk as far as it can be proved."""
         header = _HEADER.pack(_MAGIC, bytes.fromhex(self.blob.sha256), self.blob.size, self.blob.chunk)
-        earlier = _LATEST.get(self._path)
-        _LATEST[self._path] = self
-        with suppress(FileNotFoundError), self._path.open("rb") as file:
+        earlier = _LATEST.get(self.path)
+        _LATEST[self.path] = self
+        with suppress(FileNotFoundError), self.path.open("rb") as file:
             file.seek(self.blob.size)
             is_ours = file.read(_HEADER.size) == header
             if is_ours and not (earlier and earlier.is_verifying):
                 self._take_over(file, file.read())
                 return
-        self._path.unlink(missing_ok=True)  # what was begun before may be just being verified: it is another file
-        with self._path.open("xb") as file:
+        self.path.unlink(missing_ok=True)  # what was begun before may be just being verified: it is another file
+        with self.path.open("xb") as file:
             file.seek(self.blob.size)
             file.write(header)
 

@@ -8,7 +8,8 @@ In fp32, fp16 and bf16 these are A (r, d_in) and B (d_out, r); in int8 and NF4 (
 row is a component on both sides.
 
 The lengths in a record always take the five bytes of msgpack's bin 32, so every record's place follows from the header.
-A reader goes straight to one matrix, and the coordinator sums a fleet's updates holding a single matrix of each.
+A reader goes straight to one matrix, and the coordinator sums a fleet's updates holding a single matrix of each.  One that is
+still coming (protocol/arriving.py) is read as far as it is here, and waited for.
 
 The file comes from a peer: names, ranks, shapes, sizes, framing and finiteness are checked, nothing is ever unpickled, and
 a fault is a BadUpdate that names the matrix.  A flipped bit inside a value is the digest's business, not this module's.
@@ -16,7 +17,6 @@ a fault is a BadUpdate that names the matrix.  A flipped bit inside a value is t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from msgspec import Meta
 
 from protocol import files, manifest, quantized, tensors
 from protocol.adapters import ALL, Adapter, Factors, Rows, Stack, Stacks, bands, few
+from protocol.arriving import Source, reading, size_of
 from protocol.errors import BadUpdate
 from protocol.manifest import Contents, Entry, Header
 from protocol.messages import MAX_MATRICES, Count, UpdateDtype, Wire
@@ -71,7 +72,7 @@ _header: Final = msgspec.msgpack.Decoder(LoraHeader)
 class LoraUpdate:
     """An update in low-rank factors on disk.  Holds the header and the places, no file descriptor and no values."""
 
-    path: Path
+    source: Source
     header: LoraHeader
     size: int
     contents: Contents
@@ -79,10 +80,13 @@ class LoraUpdate:
     """Of the first record of each group of the contents."""
 
     @classmethod
-    def open(cls, path: Path, *, max_bytes: int) -> LoraUpdate:
-        """Read the header and check that the file is exactly as long as it says.  Raises BadUpdate, OSError."""
-        size = _size_within(path, max_bytes)
-        header, contents, end = manifest.read_header(path, _header)
+    def open(cls, source: Source, *, max_bytes: int) -> LoraUpdate:
+        """Read the header and check that the file is exactly as long as it says.
+
+        Raises BadUpdate, OSError; here and at every reading Unavailable for one that is not coming any more.
+        """
+        size = _size_within(source, max_bytes)
+        header, contents, end = manifest.read_header(source, _header)
         if header.scores and len(header.scores) != len(contents.entries):
             raise BadUpdate(f"{len(header.scores)} lists of scores for {len(contents.entries)} matrices")
         _check_scores(header.scores)
@@ -93,7 +97,7 @@ class LoraUpdate:
             end += (group.stop - group.start) * n_record
         if size != end:
             raise BadUpdate(f"update of {size} bytes should have {end} by its header: truncated or damaged, send again")
-        return cls(path, header, size, contents, offsets)
+        return cls(source, header, size, contents, offsets)
 
     @property
     def ranks(self) -> Mapping[str, int]:
@@ -153,8 +157,8 @@ class LoraUpdate:
         entry = self.contents.entries[self.contents.groups[number].start]
         n_a, n_b = _lengths(entry, self.header.dtype)
         n_record, opening = _FRAME_BYTES + n_a + n_b, _open_a(n_a)
-        with self.path.open("rb", buffering=0) as file:
-            data = os.pread(file.fileno(), len(names) * n_record, self._offsets[number] + place * n_record)
+        with reading(self.source) as read:
+            data = read(len(names) * n_record, self._offsets[number] + place * n_record)
         if len(data) == len(names) * n_record:
             records = np.frombuffer(data, np.uint8).reshape(len(names), n_record)
             frame = np.frombuffer(opening + _bin(n_b), np.uint8)
@@ -178,12 +182,12 @@ class LoraUpdate:
         n_a, n_b = _lengths(entry, dtype)
         at, found = self._offsets[number] + place * (_FRAME_BYTES + n_a + n_b), []
         sides = (_open_a(n_a), entry.rank, entry.d_in), (_bin(n_b), entry.d_out, entry.rank)
-        with self.path.open("rb", buffering=0) as file:
+        with reading(self.source) as read:
             for (opening, n_rows, width), part in zip(sides, rows, strict=True):
                 start, stop, _ = part.indices(n_rows)
                 n_row, first = width * tensors.ITEM_BYTES[dtype], at + len(opening)
-                data = os.pread(file.fileno(), (stop - start) * n_row, first + start * n_row)
-                if os.pread(file.fileno(), len(opening), at) != opening or len(data) != (stop - start) * n_row:
+                data = read((stop - start) * n_row, first + start * n_row)
+                if read(len(opening), at) != opening or len(data) != (stop - start) * n_row:
                     raise _damaged(name)
                 found.append(tensors.decode(data, (1, stop - start, width), dtype))
                 at = first + n_rows * n_row
@@ -198,11 +202,11 @@ Update: TypeAlias = LoraUpdate
 """Any update on disk; other kinds (seed scalars, dense deltas) join this union and the match in `open_update`."""
 
 
-def open_update(path: Path, kind: str, *, job: str, round: int, attempt: int, max_bytes: int) -> Update:  # noqa: A002
-    """Open an update of `kind` that must belong to this job, round and attempt.  Raises BadUpdate, OSError."""
+def open_update(source: Source, kind: str, *, job: str, round: int, attempt: int, max_bytes: int) -> Update:  # noqa: A002
+    """Open an update of `kind` that must belong to this job, round and attempt.  Raises as LoraUpdate.open."""
     match kind:
         case "lora" | "lora-values":
-            update = LoraUpdate.open(path, max_bytes=max_bytes)
+            update = LoraUpdate.open(source, max_bytes=max_bytes)
         case _:
             raise BadUpdate(f"no reader for updates of kind {kind[:64]!r}: upgrade this side")
     header = update.header
@@ -300,8 +304,8 @@ def _decode(shapes: tuple[tuple[int, int], tuple[int, int]], a: Bytes, b: Bytes,
             return Stack(tensors.decode(a, (n, rank, d_in), dtype), tensors.decode(b, (n, d_out, rank), dtype))
 
 
-def _size_within(path: Path, max_bytes: int) -> int:
-    size = path.stat().st_size
+def _size_within(source: Source, max_bytes: int) -> int:
+    size = size_of(source)
     if size > max_bytes:
         raise BadUpdate(f"update of {size} bytes exceeds the {max_bytes} of the plan")
     return size

@@ -61,7 +61,11 @@ class Aggregate:
 
 
 class Aggregator(Protocol):
-    """Makes the next model from the updates of a round."""
+    """Makes the next model from the updates of a round.
+
+    With `is_slow = True` on the class, a sum takes long beside the transfer of what it sums: it is begun while the last updates come
+    (coordinator/ahead.py), which helps one that asks for matrices in the order of their names, and only holds what it is asked for.
+    """
 
     accepts: ClassVar[str]
 
@@ -107,6 +111,11 @@ def load(name: str, allowed: Collection[str] = ()) -> Aggregator:
     if not (isinstance(found, type) and hasattr(found, "accepts") and hasattr(found, "aggregate")):
         raise BadConfig(f"entry point {name!r} of fedpipe.aggregators is no class with `accepts` and `aggregate`")
     return cast("Aggregator", found())
+
+
+def is_slow(aggregator: Aggregator) -> bool:
+    """Whether its sums shall begin early; those of another distribution need not say."""
+    return bool(getattr(aggregator, "is_slow", False))
 
 
 def fits(kind: str, aggregator: Aggregator) -> None:

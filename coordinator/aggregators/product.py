@@ -59,6 +59,7 @@ class Product:
     """Weighted sum of the products B_i A_i, cut to the best `max_rank` components.  See the head of this file."""
 
     accepts: ClassVar[str] = "lora"
+    is_slow: ClassVar[bool] = True
     stack_width: int = STACK_WIDTH
 
     def aggregate(

@@ -29,6 +29,7 @@ class Redistribute:
     """Weighted mean of the products B_i A_i, cut to `max_rank`, as U S and V^T.  See the head of this file."""
 
     accepts: ClassVar[str] = "lora-values"
+    is_slow: ClassVar[bool] = True
 
     def aggregate(
         self, model: Mapping[str, Factors], updates: Sequence[Weighted], *, max_rank: int, server_lr: float = 1.0

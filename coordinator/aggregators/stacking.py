@@ -26,6 +26,7 @@ class Stacking:
     """The exact sum of all updates so far, whatever rank it takes.  See the head of this file."""
 
     accepts: ClassVar[str] = "lora"
+    is_slow: ClassVar[bool] = True
 
     def aggregate(
         self,

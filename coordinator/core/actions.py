@@ -87,6 +87,12 @@ class Aggregate(Action, frozen=True, kw_only=True):
     model_dtype: str
 
 
+class AggregateAhead(Action, frozen=True, kw_only=True):
+    """What will be asked of these updates, some of which are still coming, if they all do: it may begin.  Comes back as nothing."""
+
+    fold: Aggregate
+
+
 class Restore(Action, frozen=True, kw_only=True):
     """Write down that version `version` is version `of` once more, the same files; `at` in seconds since the epoch."""
 
@@ -135,6 +141,7 @@ Wish = (
     | Acknowledge
     | Decline
     | Aggregate
+    | AggregateAhead
     | Restore
     | Serve
     | Record

@@ -18,7 +18,7 @@ import msgspec
 
 from coordinator.core import actions as act
 from coordinator.core import events as ev
-from coordinator.core import packing, planning, steering, survey, uploads
+from coordinator.core import packing, planning, rounds, steering, survey, uploads
 from coordinator.core.job import Job
 from coordinator.core.roster import Roster
 from coordinator.core.state import ENDED, STATE_VERSION, AgentState, FleetState, JobState, Phase, Share
@@ -105,6 +105,7 @@ class Fleet:
             job = Job(state, self.roster, now, out)
             job.resume()
             uploads.resume(job)
+            rounds.look_ahead(job)
         return out
 
     def open_share(self, agent: AgentState) -> Share | None:
@@ -160,6 +161,7 @@ class Fleet:
                 steering.roll_back(job, event)
             case ev.JobCancelled() if state.phase not in ENDED:
                 job.end(Phase.CANCELLED, event.reason)
+        rounds.look_ahead(job)
 
     def _unknown_job(self, event: OfJob, out: list[act.Wish]) -> None:
         self.state.counts["unknown_job"] = self.state.counts.get("unknown_job", 0) + 1

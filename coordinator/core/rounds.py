@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from coordinator.core import actions as act
 from coordinator.core import plans
 from coordinator.core.choice import Choice
@@ -19,6 +21,8 @@ from protocol.messages import TERMINAL, ExecState
 if TYPE_CHECKING:
     from coordinator.core.job import Job
 
+MAX_COMING: Final = 16
+"""Updates on their way at which a sum is begun ahead: no more than these of a fleet of thousands cost anything to think about."""
 TRAIN_S: Final = 600.0
 """Training time of a round where neither the job file nor the planner says one."""
 
@@ -91,6 +95,21 @@ def close(job: Job, why: str) -> None:
         job.out.append(plans.aggregate(job.state, round_))
     else:
         _retry(job, round_, f"{n_done} of the {round_.quorum} updates needed")
+
+
+def look_ahead(job: Job) -> None:
+    """Once few updates are missing, and those are on their way: say what will be asked if nothing comes between."""
+    state, round_ = job.state, job.state.round
+    if state.phase is not Phase.COLLECTING or round_ is None:
+        return
+    n_open, n_done = len(job.roll.working) + len(job.roll.share_waits), len(job.roll.done)
+    if not 0 < n_open <= MAX_COMING or not round_.quorum <= n_done + n_open <= round_.target:
+        return
+    open_ = open_shares(state)
+    if all(share.offer and share.state is ExecState.UPLOADING for share in open_):
+        done = {share.agent: msgspec.structs.replace(share, state=ExecState.DONE) for share in open_}
+        then = msgspec.structs.replace(round_, shares=round_.shares | done, late=state.late)
+        job.out.append(act.AggregateAhead(fold=plans.aggregate(state, then)))
 
 
 def stop(job: Job, outcome: str, *, keep: bool) -> None:

@@ -77,6 +77,7 @@ class Observer:
         self.paused: set[str] = set()
         self.begun: set[tuple[str, int, int]] = set()
         self.restored: dict[str, str] = {}
+        self.foreseen: dict[str, act.Aggregate] = {}
 
     def saw(self, event: ev.Happened, wishes: list[act.Wish]) -> None:
         """Assert what one event and its wishes must be to each other and to all that went before."""
@@ -91,6 +92,8 @@ class Observer:
                 self.paused.discard(job)
             case _:
                 pass
+        if not isinstance(event, ev.UpdateStored):
+            self.foreseen.clear()
         for wish in wishes:
             self._saw(wish)
 
@@ -122,7 +125,12 @@ class Observer:
                 self.asked.pop(wish.card.job, None)
             case act.Aggregate():
                 self._fold_is_lawful(wish)
+                assert self.foreseen.pop(wish.job, wish) == wish, (
+                    "all that was on its way came, and another fold is wished"
+                )
                 self.folds.append(wish)
+            case act.AggregateAhead():
+                self.foreseen[wish.fold.job] = wish.fold
             case act.Restore():
                 self.restored[wish.job] = wish.master
                 folded = {(c.agent, c.round) for f in self.folds if f.job == wish.job for c in f.contributions}
