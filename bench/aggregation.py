@@ -10,6 +10,10 @@ before the round is part of the sum only with `--model`.
 Error, per shape of matrix, against the exact result: `excess` is how much further from the whole sum the found components are
 than the best ones, relative to the norm of the sum; `kept` is the distance to the best ones, relative to their norm.  The dense
 side, with `--dense`, is forming the sum and its full SVD in float32, for one square matrix.
+
+With `--coming 2 5 20` one agent of rank 16 sends at so many Mbit/s while the sum is under way, as the coordinator has it when
+everyone else has sent (coordinator/ahead.py); what is left after its last byte, with the model written and synced, stands beside
+all of it done afterwards.
 """
 
 from __future__ import annotations
@@ -23,14 +27,16 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 
 from coordinator.aggregators import Weighted
 from coordinator.aggregators.product import Product
 from protocol.adapters import ALL, F64, Factors, Rows, Stack, principal
+from protocol.arriving import Arriving, Source
 from protocol.messages import UpdateDtype
 from protocol.models import StoredModel, write_model
 from protocol.updates import LoraUpdate, write_update
@@ -149,6 +155,56 @@ def inner(one: tuple[F64, F64], two: tuple[F64, F64]) -> float:
     return float(np.sum((one[0].T @ two[0]) * (one[1] @ two[1].T)))
 
 
+def overlap(
+    given: list[Weighted], n_layers: int, max_rank: int, speeds: Sequence[float], folder: Path
+) -> list[dict[str, object]]:
+    """Sum and write with everything here, and with one update that comes at each of these speeds (Mbit/s)."""
+    late = next(i for i in range(len(given) - 1, -1, -1) if RANKS[i % len(RANKS)] == 16)
+    one = given[late].update
+    assert isinstance(one, Layers)
+    layer = {name: one.one.factors(name) for name in one.one.ranks}
+    adapter = {f"{i:02}.{name}": factors for i in range(n_layers) for name, factors in layer.items()}
+    path = folder / "late"
+    size = write_update(path, adapter, job="bench", round=1, attempt=0, dtype=one.one.header.dtype)
+
+    def whole(source: Source) -> str:
+        update = LoraUpdate.open(source, max_bytes=size)
+        updates = [*given[:late], replace(given[late], update=update), *given[late + 1 :]]
+        made = Product().aggregate({}, updates, max_rank=max_rank)
+        return write_model(folder / "model", made.adapter, version=1, dtype="fp32")[-1].sha256
+
+    digests: list[str] = []
+    cpu_s, wall_s = cost(lambda: digests.append(whole(path)))
+    found: list[dict[str, object]] = [
+        {"coming_mbit_s": None, "left_s": round(wall_s, 1), "left_cpu_s": round(cpu_s, 1)}
+    ]
+    for speed in speeds:
+        coming, ended = Arriving(size), []
+
+        def send(coming: Arriving = coming, n_bytes_s: float = speed * 1e6 / 8, ended: list[float] = ended) -> None:
+            began = time.perf_counter()
+            while (n_bytes := int((time.perf_counter() - began) * n_bytes_s)) < size:
+                coming.reached(n_bytes, path)
+                time.sleep(0.02)
+            coming.reached(size, path)
+            ended.extend((time.process_time(), time.perf_counter()))
+
+        sender, began = Thread(target=send), time.perf_counter()
+        sender.start()
+        digests.append(whole(coming))
+        cpu, wall = time.process_time(), time.perf_counter()
+        sender.join()
+        figures = {
+            "coming_mbit_s": speed,
+            "coming_s": ended[1] - began,
+            "left_s": wall - ended[1],
+            "left_cpu_s": cpu - ended[0],
+        }
+        found.append({name: round(value, 1) for name, value in figures.items()})
+        assert len(set(digests)) == 1, "another model"
+    return found
+
+
 def dense(given: list[Weighted], name: str) -> None:
     """What would be done without factors."""
     total = sum(f.b @ f.a for f in (u.update.factors(name) for u in given))
@@ -170,6 +226,7 @@ def main() -> None:
     )
     parser.add_argument("--model", action="store_true", help="also a model before the round; then nothing is compared")
     parser.add_argument("--dense", action="store_true", help="also the dense sum of one square matrix (minutes)")
+    parser.add_argument("--coming", nargs="*", type=float, default=[], help="Mbit/s at which the last update comes")
     parser.add_argument("--write", metavar="NAME", help=f"keep the figures under this name in {RESULTS.name}")
     told = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fedpipe-aggregation-") as folder:
@@ -196,6 +253,8 @@ def main() -> None:
         }
         for name in [] if told.model else told.exact:
             figures[name] = errors(given, result[0].adapter[f"00.{name}"], f"00.{name}")
+        if told.coming:
+            figures["overlap"] = overlap(given, told.layers, told.max_rank, told.coming, Path(folder))
         if told.dense:
             square = [
                 Weighted(u.agent, 1, u.weight, Layers(f, {"00.q": f.ranks["q"]}))
