@@ -6,7 +6,7 @@ Idempotent: the same Aggregate action gives the same bytes, so after a crash it 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Final, cast
 
@@ -18,7 +18,7 @@ from protocol import methods
 from protocol.adapters import Adapter
 from protocol.arriving import Source
 from protocol.blobs import Blobs
-from protocol.errors import BadUpdate
+from protocol.errors import BadConfig, BadUpdate
 from protocol.malloc import give_back
 from protocol.messages import Blob, Wire
 from protocol.methods import Method
@@ -65,16 +65,15 @@ def fold(
 def _fold(
     action: act.Aggregate, blobs: Blobs, chunk_bytes: int, allowed: Collection[str], early: Early
 ) -> ev.Aggregated:
-    wire = cast("Wire", action.model_dtype)
+    wire, result = cast("Wire", action.model_dtype), _sum(action, blobs, allowed, early)
+    dropped = result.dropped_ratio.values()
+    dropped_ratio = sum(dropped) / len(dropped) if dropped else 0.0
     with ExitStack() as stack:
         parts = {dtype: stack.enter_context(blobs.temporary()) for dtype in dict.fromkeys(("fp32", wire))}
-        result = _sum(action, blobs, allowed, early)
         whole = {
             dtype: write_model(part, result.adapter, version=action.version, dtype=dtype)
             for dtype, part in parts.items()
         }
-        dropped = result.dropped_ratio.values()
-        dropped_ratio = sum(dropped) / len(dropped) if dropped else 0.0
         del result, dropped  # a model's worth of memory, and the wait may be long
         early.asked()
         for dtype, part in parts.items():
@@ -115,8 +114,10 @@ def _sum(action: act.Aggregate, blobs: Blobs, allowed: Collection[str], early: E
 
 
 def pays_early(action: act.Aggregate, allowed: Collection[str]) -> bool:
-    """Whether this fold takes so long that it should begin before it is asked for."""
-    return aggregators.is_slow(_method(action, allowed)[1])
+    """Whether this fold takes so long that it should begin before it is asked for; not if it cannot be done at all."""
+    with suppress(BadConfig):
+        return aggregators.is_slow(_method(action, allowed)[1])
+    return False
 
 
 def _method(action: act.Aggregate, allowed: Collection[str]) -> tuple[Method, Aggregator]:

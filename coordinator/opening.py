@@ -18,6 +18,9 @@ from protocol.errors import BadConfig, Unavailable
 
 DAMAGED: Final = "restore it from a copy, or move the whole folder away to start afresh"
 
+_CACHE_KIB: Final = 256
+"""Of SQLite's pages; 2 MiB unless told.  What is written is soon not needed any more, and what is read is read once."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -75,6 +78,7 @@ def _for_writing(path: str, *, alone: bool = False) -> sqlite3.Connection:
             db.execute("PRAGMA auto_vacuum=INCREMENTAL")
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
+        db.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
         db.execute("PRAGMA secure_delete=FAST")  # zeros over what is deleted would need as much room in the log
         upgrade(db, path)
         if not incremental and path != ":memory:":

@@ -3,8 +3,8 @@
 A blob arrives nearly in order, and what is made of it is often made from its beginning on.  So a reader in a thread of its own
 need not wait for the end.  What it read counts only once the whole is verified: `settled` says so, or that it never will be.
 
-One Arriving is for one reader.  The side that receives calls `reached`, `arrived` and `lost` from the event loop, where they
-cost microseconds.
+One Arriving is for one purpose, on any number of threads.  The side that receives calls `reached`, `arrived` and `lost` from the
+event loop, where they cost microseconds.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ def read_header(source: Source, kind: msgspec.msgpack.Decoder[H]) -> tuple[H, Co
 
 def _first_object(read: Read) -> bytes:
     """The bytes of the first msgpack object: found by skipping it, because to build it would believe its lengths."""
-    unpacker, found = msgpack.Unpacker(read_size=_READ_BYTES, max_buffer_size=MAX_HEADER_BYTES), b""
+    unpacker, found = msgpack.Unpacker(read_size=_READ_BYTES, max_buffer_size=MAX_HEADER_BYTES), bytearray()
     while piece := read(_READ_BYTES, len(found)):
         found += piece
         try:
@@ -207,7 +207,7 @@ def _first_object(read: Read) -> bytes:
             continue
         except (ValueError, msgpack.UnpackException) as error:
             raise BadUpdate(f"no msgpack header within the limits: {type(error).__name__}: {error}"[:400]) from None
-        return found[: unpacker.tell()]
+        return bytes(found[: unpacker.tell()])
     raise BadUpdate(f"no msgpack header within the limits: the file ends after {len(found)} bytes")
 
 

@@ -63,8 +63,8 @@ class Aggregate:
 class Aggregator(Protocol):
     """Makes the next model from the updates of a round.
 
-    With `is_slow = True` on the class, a sum takes long beside the transfer of what it sums: it is begun while the last updates come
-    (coordinator/ahead.py), which helps one that asks for matrices in the order of their names, and only holds what it is asked for.
+    With `is_slow = True` on the class, a sum takes long beside the transfer of what it sums: it begins while the last updates come
+    (coordinator/ahead.py), and gets the further, the more it asks for matrices in the order of their names.
     """
 
     accepts: ClassVar[str]

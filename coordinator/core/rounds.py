@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from coordinator.core.job import Job
 
 MAX_COMING: Final = 16
-"""Updates on their way at which a sum is begun ahead: no more than these of a fleet of thousands cost anything to think about."""
+"""Updates still on their way at most, when a sum may begin: before, each event of a fleet of thousands would have to be thought about."""
 TRAIN_S: Final = 600.0
 """Training time of a round where neither the job file nor the planner says one."""
 

@@ -245,3 +245,7 @@ async def test_an_end_lets_no_thread_wait(one: Round) -> None:
 @pytest.mark.parametrize(("method", "pays"), [("qlora", True), ("fedavg", False)])
 def test_it_begins_early_where_a_sum_takes_long(tmp_path: Path, method: str, pays: bool) -> None:
     assert folding.pays_early(Round(tmp_path, method).wish, ()) is pays
+
+
+def test_a_method_that_is_not_allowed_any_more_does_not_begin(tmp_path: Path) -> None:
+    assert not folding.pays_early(Round(tmp_path, "of-another-package").wish, ())
