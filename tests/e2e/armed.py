@@ -13,7 +13,7 @@ The product has no hook for this.  Its own classes run, and their public seams a
                   {Event}.performed     every wish performed or begun, no word of it has left
                   {Event}.said          every word of it is at the broker
                   upload.3              the third chunk since the start is on disk
-                  plan.begun, fold.begun, fold.written, fold.stored, version.added, snapshot.saved, export.torn
+                  plan.begun, fold.begun, fold.written, fold.asked, fold.stored, version.added, snapshot.saved, export.torn
                   journal.torn, snapshot.torn    half a millisecond into the write
     agent         OFFERED.{round}       the plan has come
                   {STATE}.{round}       said, and at the broker
@@ -170,7 +170,7 @@ def arm_agent(spring: Traps) -> Callable[[], int]:
 
 def arm_coordinator(spring: Traps) -> Callable[[], int]:
     """Wrap what the coordinator's points are made of."""
-    from coordinator import daemon, export, folding, service
+    from coordinator import ahead, daemon, export, folding, service
     from coordinator.__main__ import main
     from coordinator.planner import automatic
     from coordinator.store import Store
@@ -181,6 +181,7 @@ def arm_coordinator(spring: Traps) -> Callable[[], int]:
     _around(Store, "append", spring, lambda *_: spring.soon("journal.torn"), None)
     _around(Store, "save_snapshot", spring, lambda *_: spring.soon("snapshot.torn"), lambda *_: ["snapshot.saved"])
     _around(automatic, "plan", spring, lambda *_: ["plan.begun"], None)
+    _around(ahead.Ahead, "take", spring, lambda *_: ["fold.asked"], None)  # it may have begun long before
     _around(folding, "fold", spring, lambda *_: ["fold.begun"], lambda *_: ["fold.stored"])
     _around(folding, "write_model", spring, None, lambda *_: ["fold.written"])
     _around(export, "write_tensors", spring, None, lambda *_: ["export.torn"])

@@ -57,7 +57,7 @@ RECORDS = {
     for place in PLACES
     if kind not in AFTERWARDS and (IS_LONG or kind not in RARE or place == "committed")
 } - {"PlanFailed.inbox"}  # a planner that failed once is asked again, and plans
-WORK = ["fold.written", "fold.stored", "version.added", "snapshot.torn", "upload.3", "export.torn"]
+WORK = ["fold.written", "fold.asked", "fold.stored", "version.added", "snapshot.torn", "upload.3", "export.torn"]
 WORK += ["fold.begun", "journal.torn", "snapshot.saved", "upload.1", "upload.9"] if IS_LONG else []
 
 
@@ -263,7 +263,7 @@ async def die_in_jobs_that_end_early(fleet: Any) -> None:
             assert "a fault of the planner's own (RuntimeError" in job.text
     for n in range(len(PLACES)):
         if fleet.still_armed("AggregateFailed"):
-            fleet.arm("coordinator", "fold.begun", trap="SIGSTOP self")
+            fleet.arm("coordinator", "fold.asked", trap="SIGSTOP self")
             ending = asyncio.create_task(ended_early(fleet, f"robbed-{n}"))
             await fleet.until_it_is(lambda: fleet.stands_still("coordinator"), "its updates are here")
             lost = [e for e in events(fleet) if isinstance(e, UpdateStored)][-1].offer.blob.sha256
