@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from coordinator.daemon import Coordinator
 
 ROUND_BOUNDS_S: Final = (10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0, 1800.0, 3600.0, 7200.0, 14_400.0)
+FOLD_BOUNDS_S: Final = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 MAX_JOBS: Final = 100
 """Whose last losses are told: of a job that has ended they stay as they were, until so many came after it."""
 OUTCOMES: Final = frozenset({"aggregated", "paused", "rolled_back", *map(str, ENDED), *map(str, Cause)})
@@ -48,6 +49,7 @@ class Meter:
         self.energy_j: dict[tuple[str, ...], float] = {("measured",): 0.0, ("declared",): 0.0}
         self.work_s: dict[tuple[str, ...], float] = {(known,): 0.0 for known in ("measured", "declared", "unknown")}
         self.round_s: dict[tuple[str, ...], Histogram] = {}
+        self.fold_s = Histogram(*FOLD_BOUNDS_S)
         self.losses: dict[str, dict[str, float]] = {}
 
     def took(self, events: Sequence[ev.Happened], wishes: Sequence[act.Wish], state: FleetState) -> None:
@@ -69,6 +71,9 @@ class Meter:
     def _closed(self, job: str, record: RoundRecord) -> None:
         self.rounds[record.purpose, _outcome(record.outcome)] += 1
         self.round_s.setdefault((record.purpose,), Histogram(*ROUND_BOUNDS_S)).observe(record.wall_s)
+        if record.outcome == "aggregated":
+            closed_at = max(record.opened_at, *(share.ended_at for share in record.shares.values()))
+            self.fold_s.observe(record.opened_at + record.wall_s - closed_at)
         for share in record.shares.values():
             self.shares[record.purpose, share.state.lower()] += 1
         for share in worked(record):
@@ -141,6 +146,8 @@ def _of_jobs(state: FleetState, meter: Meter) -> Iterator[Metric]:
     yield gauge("fedpipe_job_loss", text, losses, "name", "kind")
     yield counter("fedpipe_rounds_total", "Rounds that ended.", meter.rounds, "purpose", "outcome")
     yield histogram("fedpipe_round_seconds", "Length of rounds that ended.", meter.round_s, "purpose")
+    text = "From a round's last update, or its deadline, to the version made of it."
+    yield histogram("fedpipe_aggregation_seconds", text, {(): meter.fold_s})
     yield counter(
         "fedpipe_shares_total", "Shares of ended rounds, by how they ended.", meter.shares, "purpose", "state"
     )

@@ -81,6 +81,8 @@ def test_a_coordinator_tells_what_happened(served: Any) -> None:
     assert after["fedpipe_job_loss{kind=held_out,name=j}"] == pytest.approx(2.5)
     assert after["fedpipe_job_rounds_finished{name=j}"] == 1
     assert after["fedpipe_round_seconds_count{purpose=train}"] == 1
+    assert after["fedpipe_aggregation_seconds_count"] == 1
+    assert 0 < after["fedpipe_aggregation_seconds_sum"] < after["fedpipe_round_seconds_sum{purpose=train}"]
     assert after["fedpipe_journal_commit_seconds_count"] > 3
     assert after["fedpipe_journal_commit_seconds_bucket{le=+Inf}"] == after["fedpipe_journal_commit_seconds_count"]
     assert sum(value for name, value in after.items() if name.startswith("fedpipe_messages_rejected_total")) == 1
@@ -104,6 +106,24 @@ def test_energy_is_counted_once_and_by_how_it_is_known() -> None:
         meter.took([], [act.Record(job="j", record=record)], FleetState())
     assert meter.energy_j == {("measured",): 50.0, ("declared",): 20.0}
     assert meter.work_s == {("measured",): 10.0, ("declared",): 5.0, ("unknown",): 1.0}
+
+
+def test_a_version_takes_from_the_last_end_of_a_share_on() -> None:
+    meter = metrics.Meter()
+    said: dict[str, Any] = {
+        "round": 1,
+        "attempt": 0,
+        "purpose": "train",
+        "version": 0,
+        "loss": None,
+        "opened_at": 100.0,
+    }
+    shares = {"a": ShareRecord(state="DONE", ended_at=150.0), "b": ShareRecord(state="TIMED_OUT", ended_at=160.0)}
+    carried = {"a": ShareRecord(state="DONE", ended_at=90.0)}
+    for outcome, ends in (("aggregated", shares), ("quorum: 0 of 1", shares), ("aggregated", carried)):
+        record = RoundRecord(outcome=outcome, wall_s=64.0, shares=ends, **said)
+        meter.took([], [act.Record(job="j", record=record)], FleetState())
+    assert meter.fold_s.sum == 4.0 + 64.0, "what was carried over had ended before the round began"
 
 
 def test_metrics_need_the_token_that_the_rest_needs(serve: Callable[..., Any], tmp_path: Path) -> None:
