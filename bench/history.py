@@ -13,6 +13,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Final
@@ -21,6 +22,7 @@ import msgspec
 
 from coordinator.core.state import RoundRecord, ShareRecord
 from coordinator.past import Past, extended
+from coordinator.plan_views import LOOK_BACK, PastShare, past_shares
 from coordinator.store import Store
 from protocol.messages import Evaluated, ExecState
 
@@ -40,6 +42,8 @@ def main() -> None:
         told("past, the first time", first, path)
         again = told("past, a round later", later, path)
         told("history as JSON", as_json, path)
+        told("plan, every share", partial(shares_as_json, all_of_them=True), path)
+        told("plan, the last shares", shares_as_json, path)
         print(f"a look costs {whole / again:.0f} times less once the past is known")
 
 
@@ -119,6 +123,21 @@ def as_json(path: Path) -> float:
     store, started = Store(path), time.process_time()
     for one in store.rounds(JOB):
         msgspec.json.encode(one)
+    return time.process_time() - started
+
+
+def shares_as_json(path: Path, *, all_of_them: bool = False) -> float:
+    """What came of each agent's shares, beside a plan: all of them, or the last ones as its view has them."""
+    store = Store(path)
+    n_rounds = 0 if all_of_them else store.past(JOB).n_rounds
+    started, shares = time.process_time(), dict[str, list[PastShare]]()
+    if all_of_them:
+        for one in store.rounds(JOB):
+            for agent, found in past_shares([one]).items():
+                shares.setdefault(agent, []).extend(found)
+    else:
+        shares = past_shares(store.rounds(JOB, n_rounds - LOOK_BACK))
+    msgspec.json.encode(shares)
     return time.process_time() - started
 
 

@@ -87,13 +87,14 @@ def _plan(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from coordinator import plan_svg, plan_text
-    from coordinator.plan_views import Trained, plan_view
+    from coordinator.past import Past
+    from coordinator.plan_views import plan_view
     from coordinator.planner.devices import plan_devices
     from coordinator.submission import read_job
 
     job = plan_devices(arguments.devices, read_job(arguments.job) if arguments.job else None)
     assert job.plan is not None
-    view = plan_view(job, job.plan, Trained(), 0.0)
+    view = plan_view(job, job.plan, Past(), {}, 0.0)
     if arguments.agent and arguments.agent not in view.agents:
         why = view.left_out.get(arguments.agent) or f"there is {', '.join(sorted(view.agents))}"
         raise BadConfig(f"{arguments.agent} has no plan: {why}")

@@ -75,6 +75,7 @@ NO_JOB: Final = "There is no such job."
 NO_AUTHORITY: Final = "This coordinator has no authority."
 NO_BODY: Final = "The body is not what is described here."
 SKIP: Final = ("skip", {"type": "integer", "minimum": 0, "default": 0}, "Leave out so many of the first ended rounds.")
+WHOSE: Final = ("agent", {"type": "string"}, "An agent of which all past shares are told, not the last that was timed.")
 BRIEF: Final = (
     "brief",
     {"type": "integer", "enum": [0, 1], "default": 0},
@@ -170,6 +171,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         "plan",
         "Who trains what and why, beside what was measured.",
         PlanView,
+        parameters=(WHOSE,),
         errors={404: "There is no such job, or it has no plan yet; the text says which."},
     ),
     ("GET", "/v1/jobs/{name}/adapter"): Operation(

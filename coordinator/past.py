@@ -34,14 +34,15 @@ class Fold(NamedTuple):
 class Past(NamedTuple):
     """What the first n_rounds ended rounds amount to, failed attempts included.
 
-    Fields: folds by the version that was made; spent by agent; newest, the number of the last of these rounds, and `counted`, its
-    shares (agent, assigned_at) that are in `spent`.
+    Fields: folds by the version that was made; spent by agent; samples (processed, planned) by round of training, of its last
+    attempt; newest, the number of the last of these rounds, and `counted`, its shares (agent, assigned_at) that are in `spent`.
     """
 
     n_rounds: int = 0
     losses: Losses = {}
     folds: Mapping[int, Fold] = {}
     spent: Mapping[str, Spent] = {}
+    samples: Mapping[int, tuple[int, int]] = {}
     newest: int = 0
     counted: frozenset[tuple[str, float]] = frozenset()
 
@@ -57,6 +58,7 @@ def extended(past: Past, records: Iterable[RoundRecord]) -> Past:
     is in the records of both and costs once.
     """
     n_rounds, losses, folds, spent = past.n_rounds, past.losses, dict(past.folds), dict(past.spent)
+    samples = dict(past.samples)
     newest, counted = past.newest, set(past.counted)
     for record in records:
         n_rounds += 1
@@ -71,9 +73,18 @@ def extended(past: Past, records: Iterable[RoundRecord]) -> Past:
                 spent[agent] = with_share(spent.get(agent, Spent()), share)
         if record.outcome == "aggregated":
             done = tuple(agent for agent, share in shares.items() if share.state == "DONE")
-            samples = sum(shares[agent].samples for agent in done)
-            folds[record.version + 1] = Fold(record.round, record.version, done, samples)
-    return Past(n_rounds, losses, folds, spent, newest, frozenset(counted))
+            folds[record.version + 1] = Fold(
+                record.round, record.version, done, sum(shares[agent].samples for agent in done)
+            )
+        if record.purpose == "train":
+            samples[record.round] = samples_of(record)
+    return Past(n_rounds, losses, folds, spent, samples, newest, frozenset(counted))
+
+
+def samples_of(record: RoundRecord) -> tuple[int, int]:
+    """(processed, planned), of shares for which any were planned."""
+    planned = [share for share in record.shares.values() if share.planned_samples > 0]
+    return sum(share.samples for share in planned), sum(share.planned_samples for share in planned)
 
 
 def evaluations(rounds: Iterable[RoundRecord | Round]) -> Evaluations:

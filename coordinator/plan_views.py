@@ -7,7 +7,7 @@ a terminal, coordinator/plan_svg.py as a picture.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Final
 
 import msgspec
 
@@ -16,7 +16,11 @@ from coordinator.core.plans import phase_text
 from coordinator.core.spec import JobSpec
 from coordinator.core.state import ENDED, JobState, Member, RoundPlan, RoundRecord, ShareRecord
 from coordinator.heatmap import grid
+from coordinator.past import Past, samples_of
 from coordinator.views import View
+
+LOOK_BACK: Final = 10
+"""Ended rounds in which a plan's view looks for what each agent measured last: not in all of a long job, each time somebody looks."""
 
 
 class PastShare(View, frozen=True, kw_only=True):
@@ -40,6 +44,8 @@ class AgentPlan(View, frozen=True, kw_only=True):
 
     calibrated_s is how long the agent's own measurements took, 0 for remembered ones, None where there are none;
     `uncalibrated` then says why.  oom_bytes is the predicted peak of the smallest share that ran out of memory, 0: none did.
+    past: its shares of all rounds that ended if it was asked for by name; else the last whose steps were timed, if one of the last
+    ten rounds has it.
     """
 
     choice: Choice
@@ -91,27 +97,22 @@ class PlanView(View, frozen=True, kw_only=True):
     agents: dict[str, AgentPlan] = {}
 
 
-class Trained(NamedTuple):
-    """What came of a job's plans in the rounds of training that ended: every agent's shares, and under-training over all."""
-
-    shares: Mapping[str, Sequence[PastShare]] = {}
-    under_training: float | None = None
-
-
-def trained(rounds: Iterable[RoundRecord]) -> Trained:
-    """The same from the records.  Cost: linear in their shares; holds one record at a time."""
-    shares: dict[str, list[PastShare]] = {}
-    samples: dict[int, tuple[int, int]] = {}
+def past_shares(rounds: Iterable[RoundRecord], agent: str = "") -> dict[str, list[PastShare]]:
+    """From rounds that ended: every agent's last share whose steps were timed, and all of `agent`.  Holds one record at a time."""
+    found: dict[str, list[PastShare]] = {}
     for record in rounds:
-        if record.purpose == "train":
-            samples[record.round] = _samples(record)
-            for agent, share in record.shares.items():
-                shares.setdefault(agent, []).append(_past_share(record, share))
-    return Trained(shares, under_training(samples.values()))
+        for name, share in record.shares.items() if record.purpose == "train" else ():
+            if name == agent:
+                found.setdefault(name, []).append(_past_share(record, share))
+            elif share.step_s > 0:
+                found[name] = [_past_share(record, share)]
+    return found
 
 
-def plan_view(job: JobState, plan: RoundPlan, so_far: Trained, now: float) -> PlanView:
-    """The plan of a job beside what came of it so far.  Cost: linear in agents and in matrices."""
+def plan_view(
+    job: JobState, plan: RoundPlan, past: Past, shares: Mapping[str, Sequence[PastShare]], now: float
+) -> PlanView:
+    """The plan of a job beside what came of it so far.  Cost: linear in agents, in matrices and in these shares."""
     expected = [choice.predicted for choice in plan.choices.values() if choice.predicted]
     agents = sorted(plan.choices)
     found = grid(m.name for m in job.matrices)
@@ -130,7 +131,7 @@ def plan_view(job: JobState, plan: RoundPlan, so_far: Trained, now: float) -> Pl
         train_s=plan.train_s if plan.train_s is not None else job.spec.round.train_s,
         transfer_s=max((p.down_s + p.up_s for p in expected), default=0.0),
         round_s=max((p.down_s + p.train_s + p.up_s for p in expected), default=0.0),
-        under_training=so_far.under_training,
+        under_training=under_training(past.samples.values()),
         job_s=max(0.0, (job.ended_at or now) - job.submitted_at),
         left_out=plan.left_out,
         notes=plan.notes,
@@ -139,8 +140,7 @@ def plan_view(job: JobState, plan: RoundPlan, so_far: Trained, now: float) -> Pl
         kinds=found.kinds,
         places=[places[m.name] for m in job.matrices],
         agents={
-            a: _agent(a, plan.choices[a], job.spec, job.members.get(a, Member()), so_far.shares.get(a, ()))
-            for a in agents
+            a: _agent(a, plan.choices[a], job.spec, job.members.get(a, Member()), shares.get(a, ())) for a in agents
         },
     )
 
@@ -162,18 +162,12 @@ def under_training(shares: Iterable[tuple[int, int]]) -> float | None:
 
 def round_under_training(record: RoundRecord) -> float | None:
     """Of one round of training; None where nothing was planned."""
-    return under_training([_samples(record)])
+    return under_training([samples_of(record)])
 
 
 def fleet_under_training(rounds: Iterable[RoundRecord]) -> float | None:
     """Of all rounds of training.  A failed attempt does not count beside the next: that starts with its finished shares."""
-    return under_training({r.round: _samples(r) for r in rounds if r.purpose == "train"}.values())
-
-
-def _samples(record: RoundRecord) -> tuple[int, int]:
-    """(processed, planned), of shares for which any were planned."""
-    planned = [share for share in record.shares.values() if share.planned_samples > 0]
-    return sum(share.samples for share in planned), sum(share.planned_samples for share in planned)
+    return under_training({r.round: samples_of(r) for r in rounds if r.purpose == "train"}.values())
 
 
 def _agent(agent: str, choice: Choice, spec: JobSpec, member: Member, past: Sequence[PastShare]) -> AgentPlan:

@@ -8,7 +8,7 @@ Loopback unless told otherwise, and a public address demands a token (coordinato
     GET  /v1/openapi.json                                  all of this for programs, see coordinator/openapi.py
     GET  /v1/fleet  /v1/agents  /v1/jobs  /v1/jobs/{name}  /v1/jobs/{name}/versions
          /v1/jobs/{name}?skip=N                            without the first N ended rounds
-         /v1/jobs/{name}/plan                              who does what and why; 404 while there is none
+         /v1/jobs/{name}/plan?agent=ID                     who does what and why; 404 while there is none
     POST /v1/jobs                                          a job file; 201, 409 for a name that is taken
     POST /v1/jobs/{name}/cancel
     POST /v1/jobs/{name}/pause  /v1/jobs/{name}/resume  /v1/jobs/{name}/rollback     see coordinator/commands.py
@@ -48,7 +48,7 @@ from coordinator.https import Server
 from coordinator.openapi import document
 from coordinator.page import page_routes
 from coordinator.past import Past, evaluations, losses_with, with_round
-from coordinator.plan_views import plan_view, trained, unplanned_text
+from coordinator.plan_views import LOOK_BACK, past_shares, plan_view, unplanned_text
 from coordinator.store import Version
 from coordinator.submission import Taken, parse_job, submit
 from coordinator.tarball import adapter_tar
@@ -163,7 +163,7 @@ class Api:
     async def job(self, request: Request) -> Response:
         """See views.JobView; of a long history only what comes after the first `skip` rounds."""
         wanted = asked.number(request, "skip") or 0
-        job, past, versions, measured = await self._told(request, evaluations, wanted)
+        job, past, versions, measured = await self._told(request, evaluations, lambda _: wanted)
         view = views.job_view(
             job,
             past,
@@ -184,11 +184,16 @@ class Api:
         return answer(version_views(job, versions, losses_with(past, job.round)))
 
     async def plan(self, request: Request) -> Response:
-        """See plan_views.PlanView."""
-        job, _, _, so_far = await self._told(request, trained)
+        """See plan_views.PlanView; of one agent also all its shares."""
+        agent = request.query_params.get("agent", "")
+        job, past, _, shares = await self._told(
+            request,
+            lambda rounds: past_shares(rounds, agent),
+            lambda n_rounds: 0 if agent else max(0, n_rounds - LOOK_BACK),
+        )
         if job.plan is None:
             raise HTTPException(404, unplanned_text(job))
-        return answer(plan_view(job, job.plan, so_far, self._coordinator.clock()))
+        return answer(plan_view(job, job.plan, past, shares, self._coordinator.clock()))
 
     async def submit(self, request: Request) -> Response:
         """Take a job file; durable when this answers."""
@@ -255,9 +260,9 @@ class Api:
         return {id_: report.allowance.device for id_, report in reports.items() if report and report.allowance}
 
     async def _told(
-        self, request: Request, look: Callable[[Iterable[RoundRecord]], T], skip: int = 0
+        self, request: Request, look: Callable[[Iterable[RoundRecord]], T], first: Callable[[int], int] = lambda _: 0
     ) -> tuple[JobState, Past, list[Version], T]:
-        """A job, its past, its versions and a look at its ended rounds but for the first `skip`, as of one moment.
+        """A job, its past, its versions and a look at its ended rounds, as of one moment; of n of them from number `first(n)` on.
 
         A job that moves on meanwhile is read again.  One that always does is told as it is, a round ahead of its history; the
         next reading has that too.
@@ -268,7 +273,7 @@ class Api:
             job = self._job(request)
             name, moment = job.spec.job.name, (job.phase, job.round_number, job.attempt)
             past = await asyncio.to_thread(store.past, name)
-            seen = await asyncio.to_thread(look, store.rounds(name, skip, past.n_rounds))
+            seen = await asyncio.to_thread(look, store.rounds(name, first(past.n_rounds), past.n_rounds))
             versions = await asyncio.to_thread(store.versions, name)
             detail = await asyncio.to_thread(store.detail, name) if job.phase in ENDED else None
             job = self._job(request)

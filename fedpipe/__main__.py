@@ -140,7 +140,7 @@ def show_plan(
     from coordinator import plan_svg, plan_text
 
     with _coordinator(url, token_file) as coordinator:
-        view = coordinator.plan(job)
+        view = coordinator.plan(job, agent or "")
     one = plan_text.plan_of(view, agent) if agent else None
     if svg:
         _write(svg, plan_svg.document(view, agent))

@@ -8,7 +8,7 @@ only the aggregation is missing.  Possible here because the demo's data lie on o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,8 @@ from agent.data import DataConfig
 from agent.supervisor import ChildConfig, Supervisor
 from coordinator.core.choice import Choice
 from coordinator.core.spec import JobSpec
-from coordinator.plan_views import AgentPlan, PlanView
+from coordinator.core.state import RoundRecord
+from coordinator.plan_views import PlanView
 from protocol.adapters import canonical
 from protocol.errors import Unavailable
 from protocol.messages import Base, Evaluation, Plan, Training
@@ -44,14 +45,15 @@ class Alone(msgspec.Struct, frozen=True, kw_only=True):
         return sum(self.losses.values()) / len(self.losses)
 
 
-def shares_of(plan: PlanView, n_rounds: int) -> dict[str, Choice]:
+def shares_of(plan: PlanView, rounds: Sequence[RoundRecord], n_rounds: int) -> dict[str, Choice]:
     """What each agent of a finished job was asked to do, all rounds as one: its last choice, with the steps of them all."""
-    return {agent: _share_of(found, n_rounds) for agent, found in plan.agents.items()}
+    trained = [record for record in rounds if record.purpose == "train"]
+    return {agent: _share_of(agent, found.choice, trained, n_rounds) for agent, found in plan.agents.items()}
 
 
-def _share_of(found: AgentPlan, n_rounds: int) -> Choice:
-    choice = found.choice
-    planned = {share.round: share.planned_samples for share in found.past}  # of a round's attempts the last
+def _share_of(agent: str, choice: Choice, trained: Sequence[RoundRecord], n_rounds: int) -> Choice:
+    mine = ((record.round, record.shares[agent]) for record in trained if agent in record.shares)
+    planned = {number: share.planned_samples for number, share in mine}  # of a round's attempts the last
     n_steps = round(sum(planned.values()) / (choice.batch * choice.accumulation)) or choice.n_steps * n_rounds
     return msgspec.structs.replace(choice, n_steps=n_steps)
 

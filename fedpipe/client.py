@@ -117,9 +117,10 @@ class Coordinator:
         """All versions of a job's adapter, oldest first."""
         return self._get(f"/v1/jobs/{_part(name)}/versions", list[VersionView])
 
-    def plan(self, name: str) -> PlanView:
-        """What each agent of a job shall do, and why.  Raises BadConfig while there is no plan."""
-        return self._get(f"/v1/jobs/{_part(name)}/plan", PlanView)
+    def plan(self, name: str, agent: str = "") -> PlanView:
+        """What each agent of a job shall do, and why; with all past shares of one.  Raises BadConfig while there is no plan."""
+        asked = f"?agent={_part(agent)}" if agent else ""
+        return self._get(f"/v1/jobs/{_part(name)}/plan{asked}", PlanView)
 
     def events(self) -> Iterator[AnyNews]:
         """News as they come, until the coordinator stops; news of a kind that this version does not know are left out."""

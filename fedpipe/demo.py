@@ -23,6 +23,7 @@ from rich.live import Live
 from rich.progress import Progress
 
 from agent.data import DataConfig
+from coordinator.core.choice import Choice
 from coordinator.core.spec import JobSpec
 from coordinator.core.state import ENDED, Phase
 from coordinator.plan_views import PlanView
@@ -82,7 +83,8 @@ def _run(options: DemoOptions, console: Console) -> int:
         raise Unavailable(f"the job ended as {end.job.text}; the logs are below {options.out / 'run'}")
     adapter = _take_adapter(options)
     with stage.progress_bar(console) as bar, stage.hushed(log):
-        alone = asyncio.run(_compare(options, spec, end.plan, base, data, bar))
+        shares = shares_of(end.plan, end.job.history, spec.round.n_rounds)
+        alone = asyncio.run(_compare(options, spec, shares, base, data, bar))
         task = bar.add_task("completing three held-out prompts", total=1)
         samples = complete(base, adapter, data, spec.job.seed, spec.evaluate.held_out_ratio)
         bar.update(task, completed=1)
@@ -239,10 +241,14 @@ def _take_adapter(options: DemoOptions) -> Path:
 
 
 async def _compare(
-    options: DemoOptions, spec: JobSpec, plan: PlanView, base: Path, data: Mapping[str, DataConfig], bar: Progress
+    options: DemoOptions,
+    spec: JobSpec,
+    shares: Mapping[str, Choice],
+    base: Path,
+    data: Mapping[str, DataConfig],
+    bar: Progress,
 ) -> list[Alone]:
     """What each agent reaches alone, for the same steps."""
-    shares = shares_of(plan, spec.round.n_rounds)
     tasks = {agent: bar.add_task(f"for comparison: {agent} alone", total=None) for agent in shares}
 
     def heard(agent: str, step: int, of: int) -> None:

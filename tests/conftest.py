@@ -24,7 +24,8 @@ from coordinator.core.spec import JobSpec
 from coordinator.core.state import FleetState, JobState, Member, Phase, RoundPlan, RoundRecord, ShareRecord
 from coordinator.cost import FREE, Prices
 from coordinator.daemon import Coordinator
-from coordinator.plan_views import PlanView, plan_view, trained
+from coordinator.past import Past, extended
+from coordinator.plan_views import PlanView, past_shares, plan_view
 from fedpipe.broker import embedded_command, free_port, mosquitto_command
 from protocol import codec
 from protocol.adapters import Adapter, Factors
@@ -371,6 +372,8 @@ def planned() -> Callable[..., PlanView]:
                 "berta": Member(uncalibrated="no time left"),
             },
         )
-        return msgspec.structs.replace(plan_view(state, decided, trained([record]), 1000.0), **changed)
+        return msgspec.structs.replace(
+            plan_view(state, decided, extended(Past(), [record]), past_shares([record], "anna"), 1000.0), **changed
+        )
 
     return plan

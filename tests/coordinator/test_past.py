@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.core.spec import JobSpec
-from coordinator.core.state import JobState, Phase, Rollback, RoundRecord, ShareRecord
+from coordinator.core.state import JobState, Phase, Purpose, Rollback, RoundRecord, ShareRecord
 from coordinator.past import Past, evaluations, extended
 from coordinator.versions import lineage
 from coordinator.views import JobView, MemberView, with_history
@@ -152,3 +152,17 @@ def test_a_history_is_put_where_it_belongs_whatever_things_are_called() -> None:
     for told in ([], records[:1], records):
         whole = msgspec.json.decode(b"".join(with_history(view, told)), type=JobView)
         assert whole == msgspec.structs.replace(view, history=told)
+
+
+def test_under_training_counts_the_last_attempt_of_each_round_of_training() -> None:
+    def a_round(number: int, attempt: int, processed: int, purpose: Purpose = "train") -> RoundRecord:
+        shares = {
+            "a": ShareRecord(state="DONE", samples=processed, planned_samples=100),
+            "b": ShareRecord(state="DONE", samples=5),
+        }
+        said = {"version": 0, "outcome": "", "opened_at": 0.0, "wall_s": 1.0, "loss": None}
+        return RoundRecord(round=number, attempt=attempt, purpose=purpose, shares=shares, **said)  # type: ignore[arg-type]
+
+    records = [a_round(1, 0, 10), a_round(1, 1, 80), a_round(2, 0, 100), a_round(3, 0, 0, "evaluate")]
+    assert extended(Past(), records).samples == {1: (80, 100), 2: (100, 100)}
+    assert extended(extended(Past(), records[:1]), records[1:]) == extended(Past(), records)

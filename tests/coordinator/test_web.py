@@ -23,8 +23,9 @@ from coordinator.access import read_token
 from coordinator.asked import MAX_BODY_BYTES
 from coordinator.config import CoordinatorConfig, Web
 from coordinator.core import events as ev
-from coordinator.core.state import AgentState, Phase
+from coordinator.core.state import AgentState, Phase, RoundRecord, ShareRecord
 from coordinator.daemon import Coordinator
+from coordinator.plan_views import LOOK_BACK
 from coordinator.presence import Presence
 from coordinator.views import agent_views
 from fedpipe.broker import free_port
@@ -269,8 +270,26 @@ def test_a_plan_is_shown_as_soon_as_there_is_one(served: Served, http: httpx.Cli
     assert sorted(view["agents"]) == ["a", "b"]
     assert set(view["agents"]["a"]["choice"]["ranks"]) <= {"model.k", "model.q"}
     served.run_round("a", "b")
-    view = http.get("/v1/jobs/j/plan").json()
+    view = http.get("/v1/jobs/j/plan?agent=a").json()
     assert [(p["round"], p["state"], p["samples"]) for p in view["agents"]["a"]["past"]] == [(1, "DONE", 100)]
+    assert view["agents"]["b"]["past"] == [], "nothing of it was timed"
+
+
+def test_a_plan_is_looked_up_in_the_last_rounds_alone(served: Served, http: httpx.Client) -> None:
+    submit(http)
+    served.join("a", "b")
+    served.survey("a", "b")
+    store = served.coordinator.store
+    for number in range(1, LOOK_BACK + 4):
+        steps = {"a": 0.1 * number, "b": 0.5 if number == 2 else 0.0}
+        shares = {agent: ShareRecord(state="DONE", step_s=step_s) for agent, step_s in steps.items()}
+        said: dict[str, Any] = {"version": 0, "outcome": "x", "opened_at": 1.0, "wall_s": 1.0, "loss": None}
+        store.record("j", RoundRecord(round=number, attempt=0, purpose="train", shares=shares, **said))
+    past = {agent: found["past"] for agent, found in http.get("/v1/jobs/j/plan").json()["agents"].items()}
+    assert [share["round"] for share in past["a"]] == [LOOK_BACK + 3]
+    assert past["b"] == [], "it was timed too long ago"
+    named = http.get("/v1/jobs/j/plan", params={"agent": "b"}).json()["agents"]["b"]["past"]
+    assert [share["round"] for share in named] == list(range(1, LOOK_BACK + 4))
 
 
 def test_a_job_that_ended_without_a_plan_says_why(http: httpx.Client) -> None:

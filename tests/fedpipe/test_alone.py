@@ -4,9 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from coordinator.plan_views import PastShare, PlanView
+from coordinator.core.state import Purpose, RoundRecord, ShareRecord
+from coordinator.plan_views import PlanView
 from fedpipe.alone import Alone, shares_of
 from fedpipe.client import Coordinator
 from fedpipe.demo_options import DemoOptions
@@ -27,18 +26,18 @@ n_rounds = 1
 """
 
 
+def a_round(number: int, attempt: int, n_samples: int, purpose: Purpose = "train") -> RoundRecord:
+    """As it is recorded, of anna's share alone."""
+    share = ShareRecord(state="DONE", planned_samples=n_samples)
+    said = {"version": 0, "outcome": "", "opened_at": 0.0, "wall_s": 1.0, "loss": None}
+    return RoundRecord(round=number, attempt=attempt, purpose=purpose, shares={"anna": share}, **said)  # type: ignore[arg-type]
+
+
 def test_the_last_plan_for_the_steps_of_all_rounds(planned: Planned) -> None:
     view = planned()
-    past = [
-        PastShare(round=1, attempt=0, state="FAILED", planned_samples=640),
-        PastShare(round=1, attempt=1, state="DONE", planned_samples=640),
-        PastShare(round=2, attempt=0, state="DONE", planned_samples=320),
-    ]
-    agents = {
-        "anna": msgspec.structs.replace(view.agents["anna"], past=past),
-        "berta": msgspec.structs.replace(view.agents["berta"], past=[]),
-    }
-    shares = shares_of(msgspec.structs.replace(view, agents=agents), n_rounds=3)
+    shares = shares_of(
+        view, [a_round(1, 0, 640), a_round(1, 1, 640), a_round(2, 0, 320), a_round(3, 0, 99, "evaluate")], 3
+    )
     assert shares["anna"].n_steps == 60  # 960 samples, 16 per step
     assert shares["anna"].ranks == view.agents["anna"].choice.ranks
     assert shares["berta"].n_steps == 120  # nothing is known of the past: 40 in each of 3 rounds
