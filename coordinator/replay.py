@@ -153,9 +153,8 @@ class _Replay:
         self.checks.append(self._check(f"state after row {recorded.seq}", where))
 
     def _compare_record(self, job: str, record: RoundRecord) -> None:
-        key = (record.round, record.attempt, record.purpose)
-        known = [r for r in self._store.rounds(job) if (r.round, r.attempt, r.purpose) == key]
-        where = _difference(msgspec.to_builtins(known), msgspec.to_builtins([record]))
+        known = self._store.round(job, record.round, record.attempt, record.purpose)
+        where = _difference(msgspec.to_builtins(known), msgspec.to_builtins(record))
         self.checks.append(self._check(f"record of {job} round {record.round}, attempt {record.attempt}", where))
 
     def _check(self, what: str, where: str) -> Check:

@@ -247,6 +247,12 @@ class Store:
             skip += len(rows)
             yield from (_record(row[0]) for row in rows)
 
+    def round(self, job: str, number: int, attempt: int, purpose: str) -> RoundRecord | None:
+        """How one attempt of a round ended; None if that is not written down."""
+        query = "SELECT record FROM rounds WHERE job = ? AND round = ? AND attempt = ? AND purpose = ?"
+        rows = self._rows(query, job, number, attempt, purpose)
+        return _record(rows[0][0]) if rows else None
+
     def past(self, job: str) -> Past:
         """What the ended rounds of a job amount to.  Cost: reading those that ended since somebody last asked."""
         known = self._pasts.get(job, Past())

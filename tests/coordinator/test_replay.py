@@ -125,6 +125,13 @@ async def test_a_record_or_a_state_that_differs_is_named_with_the_place(stage: S
     assert "jobs.j.phase: cancelled was recorded, completed came out" in found[f"state after row {newest.seq}"].detail
 
 
+async def test_a_record_that_is_not_written_down_is_a_difference(stage: Stage) -> None:
+    edit(stage, "DELETE FROM rounds WHERE round = 2")
+    found = {c.what: c for c in again(stage).checks if c.verdict == "different"}
+    assert list(found) == ["record of j round 2, attempt 0"]
+    assert "None was recorded" in found["record of j round 2, attempt 0"].detail
+
+
 async def test_an_update_that_changed_on_the_disk_folds_otherwise_or_not_at_all(stage: Stage) -> None:
     (first, *_) = stage.coordinator.store.versions("j")
     path = stage.coordinator.blobs.path(first.updates[0].sha256)

@@ -194,6 +194,8 @@ def test_any_stretch_of_a_long_history_can_be_read(store: Store) -> None:
     for skip, end in itertools.product(range(13), range(13)):
         assert list(store.rounds("j", skip, end)) == said[skip:end]
     assert list(store.rounds("j", 3)) == said[3:]
+    assert [store.round("j", r.round, r.attempt, r.purpose) for r in said] == said
+    assert store.round("j", 99, 0, "train") is None
 
 
 def test_the_past_is_read_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
