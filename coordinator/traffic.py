@@ -119,16 +119,13 @@ class Traffic:
         """Those of its updates that are pulled or judged, to be read meanwhile, by digest; None if one is neither that nor here."""
         found: dict[str, Unchecked] = {}
         for agent, sha256 in ((c.agent, c.sha256) for c in fold.contributions):
-            wishes, is_here = self._fetching.get(agent, {}).values(), self._blobs.has(sha256)
-            if wish := next((wish for wish in wishes if wish.offer.blob.sha256 == sha256), None):
-                file = (
-                    self._blobs.path(sha256) if is_here else self.exchange.pulling.coming(agent, wish.offer.blob.xfer)
-                )
-                if file is None:
-                    return None
-                found[sha256] = Unchecked(file, wish.ranks)
-            elif not is_here:
+            wishes = self._fetching.get(agent, {}).values()
+            wish = next((wish for wish in wishes if wish.offer.blob.sha256 == sha256), None)
+            coming = self.exchange.pulling.coming(agent, wish.offer.blob.xfer) if wish else None
+            if coming is None and not self._blobs.has(sha256):
                 return None
+            if wish:
+                found[sha256] = Unchecked(coming or self._blobs.path(sha256), wish.ranks)
         return found
 
     def under_way(self) -> set[str]:

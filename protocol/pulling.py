@@ -288,14 +288,17 @@ class Pulling:
                     await self._outcome(end)
 
     def coming(self, peer: str, xfer: str) -> Arriving | None:
-        """To read a blob while it comes; None if it is not being pulled whole.  Verified it is when `settled` says so."""
+        """To read a blob while it comes; None if it is not being pulled whole, or just has gone into the store.
+
+        What is read is verified when `settled` says so.
+        """
         pull = self._pulls.get((peer, xfer))
         if pull is None or pull.size is not None:
             return None
         found = Arriving(pull.blob.size)
         pull.readers = [*(reader for reader in pull.readers if not reader.fault), found]
         pull.show()
-        return found
+        return None if found.fault else found
 
     def remaining(self, peer: str, xfer: str) -> int | None:
         """Chunks still to come, for display; None if it is not being pulled, nor waits for it."""

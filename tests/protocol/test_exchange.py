@@ -294,6 +294,18 @@ async def test_who_reads_is_told_that_it_is_not_what_was_offered(start: Start, t
     assert not (await cloud.lost()).temporary
 
 
+async def test_what_has_just_gone_into_the_store_is_read_there(start: Start, tmp_path: Path) -> None:
+    cloud, agent = await start(), await start("a1")
+    blob = agent.have(a_file(tmp_path, 12 * CHUNK))
+    async with cloud.exchange.pulling._ending:  # verified, and nobody was told yet
+        cloud.pull("a1", blob)
+        async with asyncio.timeout(PATIENCE_S):
+            while not cloud.blobs.has(blob.sha256):  # noqa: ASYNC110 - a thread moves it
+                await asyncio.sleep(0.005)
+        assert cloud.exchange.pulling.coming("a1", blob.xfer) is None
+    assert await cloud.pulled(blob.sha256)
+
+
 async def test_a_prefix_is_not_read_while_it_comes(start: Start, tmp_path: Path) -> None:
     cloud, agent = await start(), await start("a1")
     model = cloud.have(a_file(tmp_path, 20 * CHUNK))
