@@ -136,9 +136,15 @@ class MqttBus:
 
     async def _stay_connected(self) -> None:
         loop, n_failures = asyncio.get_running_loop(), 0
+        me = asyncio.current_task()
+        assert me is not None
         while True:
             started_s, longest_s = loop.time(), self._config.reconnect_max_s
             contested = await self._one_connection()
+            if (
+                me.cancelling()
+            ):  # Python 3.11's wait_for, in aiomqtt, loses a cancellation that meets the broker's answer
+                return
             if loop.time() - started_s > STABLE_S:
                 n_failures = self._n_short = 0
             await asyncio.sleep(longest_s if contested else random.uniform(0, min(longest_s, 2.0**n_failures)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import socket
@@ -24,6 +25,8 @@ from protocol.daemon import EX_NOPERM
 from protocol.errors import NotAllowed
 from protocol.health import LATE_S, LOOK_S, LOOKS, Health
 from protocol.memory_bus import MemoryBroker
+from protocol.mqtt_bus import MqttBus
+from protocol.mqtt_link import NotWelcome
 
 PATIENCE_S = 60.0
 
@@ -150,6 +153,22 @@ def test_a_damaged_memory_is_none(tmp_path: Path) -> None:
     one = Credentials(tmp_path / "no" / "folder", BrokerConfig(), "a1")
     one.taken()
     one.refused("credentials", "wrong password")
+
+
+async def test_a_bus_ends_although_its_cancellation_meets_the_broker_s_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = asyncio.Event()
+
+    async def answered(*_: object) -> None:
+        """As asyncio.wait_for of Python 3.11 does when what it waits for ends at the moment of the cancellation."""
+        begun.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        raise NotWelcome("not authorized", 135)
+
+    monkeypatch.setattr(MqttBus, "_attempt", answered)
+    async with asyncio.timeout(PATIENCE_S):
+        async with MqttBus(BrokerConfig(protocol="5"), "one", lambda: None):
+            await begun.wait()
 
 
 @pytest.mark.parametrize("package", ["agent", "coordinator"])
