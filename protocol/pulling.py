@@ -224,8 +224,8 @@ class Pulling:
         self._ears.set()
         if pull:
             pull.let_down("it is not wanted any more")
-        if pull and pull.partial:
-            pull.partial.discard()
+            if pull.partial:
+                pull.partial.discard()
         self._line.leave((peer, xfer))
         self._begin_next()
 
