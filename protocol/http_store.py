@@ -40,6 +40,8 @@ _ADVICE: Final = {
     "NoSuchKey": "the object is gone: it is asked for over the broker",
     "SignatureDoesNotMatch": "correct the coordinator's secret key or bulk.region",
     "InvalidAccessKeyId": "correct the coordinator's access key",
+    "AuthorizationQueryParametersError": "correct bulk.region",
+    "PermanentRedirect": "correct bulk.region",
     "ExpiredToken": "renew the coordinator's session token",
 }
 _OF_ONE: Final = frozenset({"", "AccessDenied", "NoSuchKey"})

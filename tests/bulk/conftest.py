@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from coordinator.bucket import Bucket, BulkConfig
-from tests.bulk.s3 import S3
+from tests.bulk.s3 import KEY_ID, S3, SECRET
 
 
 @pytest.fixture(scope="session")
-def running_s3() -> Iterator[S3]:
-    server = S3()
+def running_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    server = S3(tmp_path_factory.mktemp("s3"))
     server.start()
     yield server
     server.kill()
@@ -26,8 +26,8 @@ def s3(running_s3: S3) -> Iterator[S3]:
 @pytest.fixture(autouse=True)
 def account(monkeypatch: pytest.MonkeyPatch) -> None:
     """As every tool of AWS finds it."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY_ID)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     for name in ("AWS_PROFILE", "AWS_REGION", "AWS_SESSION_TOKEN", "HTTP_PROXY", "http_proxy"):
         monkeypatch.delenv(name, raising=False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -16,7 +17,7 @@ from coordinator.bucket import Bucket, BulkConfig, prove
 from coordinator.config import CoordinatorConfig
 from fedpipe.doctor import roles
 from fedpipe.doctor.findings import Status, examine
-from protocol.http_store import StoreFault
+from protocol.http_store import Carrier, StoreFault
 
 
 def test_a_url_is_good_for_one_verb_one_object_and_so_many_bytes(bucket: Callable[..., Bucket]) -> None:
@@ -45,7 +46,7 @@ def test_where_an_object_lies(config: BulkConfig, place: str) -> None:
 def test_a_signature_is_that_of_the_official_client(
     place: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server of these tests does not check signatures."""
+    """With an account, places and tokens that the server of these tests does not have."""
     monkeypatch.setenv("AWS_SESSION_TOKEN", "token")
     style = "virtual" if "region" in place and name == "lab" else "path"
     official = get_session().create_client(
@@ -85,6 +86,60 @@ def test_without_credentials_it_says_which(monkeypatch: pytest.MonkeyPatch, tmp_
 async def test_the_account_is_proved(bucket: Callable[..., Bucket], s3: Any) -> None:
     await prove(bucket(), "proof")
     assert s3.names() == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "region", "next_step"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "", "correct the coordinator's secret key or bulk.region"),
+        ({}, "eu-west-1", "correct bulk.region"),
+    ],
+)
+async def test_who_is_not_let_in_is_told_what_to_correct(
+    bucket: Callable[..., Bucket], wrong: dict[str, str], region: str, next_step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in wrong.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StoreFault, match=next_step) as fault:
+        await prove(bucket(region=region), "proof")
+    assert fault.value.is_down
+
+
+@pytest.fixture
+async def carrier() -> AsyncIterator[Carrier]:
+    made = Carrier({"127.0.0.1"})
+    yield made
+    await made.aclose()
+
+
+async def four(data: bytes = b"four") -> AsyncIterator[bytes]:
+    yield data
+
+
+async def test_the_store_lets_a_url_be_used_for_what_it_was_signed_for_and_no_longer(
+    bucket: Callable[..., Bucket], s3: Any, carrier: Carrier
+) -> None:
+    put = bucket().url("PUT", "a", 4)
+    await carrier.put(put, four(), 4)
+    found = bytearray()
+    await carrier.get(bucket().url("GET", "a"), 4, found.extend)
+    assert found == b"four"
+    ended = bucket(expiry_s=1).url("PUT", "a", 4)
+    for forged in (
+        carrier.put(put, four(b"fours"), 5),
+        carrier.put(put.replace("/lab/a?", "/lab/b?"), four(), 4),
+        carrier.put(put.replace("X-Amz-Expires=3600", "X-Amz-Expires=7200"), four(), 4),
+        carrier.get(put, 4, found.extend),
+        carrier.delete(put),
+        carrier.delete(put.partition("?")[0]),
+    ):
+        with pytest.raises(StoreFault, match=r"answered \w+ with 40[03]"):
+            await forged
+    assert s3.names() == ["lab/a"]
+    await asyncio.sleep(2.5)
+    with pytest.raises(StoreFault, match="403 AccessDenied") as fault:
+        await carrier.put(ended, four(), 4)
+    assert not fault.value.is_down, "a URL ends, the store goes on"
 
 
 def looked(config: CoordinatorConfig, tmp_path: Path) -> Any:

@@ -24,7 +24,7 @@ from fedpipe.client import Coordinator
 from fedpipe.cluster import Cluster, Member, port_open
 from protocol.errors import Unavailable
 from protocol.files import replacing
-from tests.bulk.s3 import S3
+from tests.bulk.s3 import KEY_ID, S3, SECRET
 
 LIMIT_S = 900.0 if os.environ.get("FEDPIPE_CRASHES") == "all" else 240.0
 """For a job to end; with some eighty deaths on its way it takes longer."""
@@ -258,11 +258,11 @@ def armed_fleet(base: Path, texts: dict[str, Path]) -> Callable[[Path], ArmedFle
 
 
 @pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Any]]:
+def s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[], Any]]:
     """An S3 server with a bucket: started by a call, which brings the [bulk] table for it, and itself."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    server = S3()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY_ID)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    server = S3(tmp_path / "s3")
 
     async def start() -> tuple[dict[str, Any], S3]:
         await asyncio.to_thread(server.start)
