@@ -25,8 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, groupby, pairwise, repeat, starmap
-from operator import lt
+from itertools import chain, groupby, repeat
 from typing import Any, Final, Self, TypeAlias, TypeVar
 
 import numpy as np
@@ -189,7 +188,7 @@ class Stacks(Mapping[str, Factors]):
     @classmethod
     def of(cls, adapter: Adapter) -> Stacks:
         """The same in the order of the names, which costs nothing where it is so already; what is small is copied."""
-        if isinstance(adapter, Stacks) and all(starmap(lt, pairwise(adapter))):
+        if isinstance(adapter, Stacks) and (names := list(adapter)) == sorted(names):
             return adapter
         named = sorted(adapter.items())
         names, factors = [name for name, _ in named], [factors for _, factors in named]

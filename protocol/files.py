@@ -23,13 +23,16 @@ _RANGE_WRITE: Final = 2
 
 
 class _Eager(FileIO):
-    """Has the disk begin with what was written at once, if it is much."""
+    """Has the disk begin with what was written since it last did, whenever that is much."""
+
+    _begun = 0
 
     def write(self, data: ReadableBuffer, /) -> int:
-        offset = self.tell()
         n_bytes = super().write(data)
-        if n_bytes >= EAGER_BYTES:
-            start_writing(self, offset, n_bytes)
+        end = self.tell()
+        if end - self._begun >= EAGER_BYTES:
+            start_writing(self, self._begun, end - self._begun)
+            self._begun = end
         return n_bytes
 
 

@@ -56,7 +56,7 @@ def write_model(path: Path, adapter: Adapter, *, version: int, dtype: Wire) -> l
     header = ModelHeader(v=manifest.VERSION, kind=MODEL, version=version, dtype=dtype, matrices=matrices)
     digest, size, levels = hashlib.sha256(), 0, []
     with files.replacing(path) as file:
-        for rank in range(1 + max(stacks.ranks.values(), default=0)):
+        for rank in range(1 + max((stack.rank for _, stack in stacks.runs), default=0)):
             for block in _level(stacks.runs, rank, dtype) if rank else [manifest.pack_header(header)]:
                 file.write(block)
                 digest.update(block)
@@ -65,7 +65,7 @@ def write_model(path: Path, adapter: Adapter, *, version: int, dtype: Wire) -> l
     return levels
 
 
-def read_model(path: Path, *, max_rank: int | None = None, max_bytes: int) -> Adapter:
+def read_model(path: Path, *, max_rank: int | None = None, max_bytes: int) -> Stacks:
     """The adapter in a model file, or in a prefix of one that ends at a level, cut to `max_rank` components.
 
     Matrices without a component are left out.  Raises BadUpdate for a file that is larger than `max_bytes`, damaged, or

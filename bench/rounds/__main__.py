@@ -37,10 +37,11 @@ class Scale(NamedTuple):
     n_agents: int
     n_rounds: int
     n_flower_rounds: int
+    n_turns: int
 
 
-FULL: Final = Scale(n_agents=10, n_rounds=10, n_flower_rounds=4)
-QUICK: Final = Scale(n_agents=10, n_rounds=3, n_flower_rounds=2)
+FULL: Final = Scale(n_agents=10, n_rounds=10, n_flower_rounds=4, n_turns=4)
+QUICK: Final = Scale(n_agents=10, n_rounds=3, n_flower_rounds=2, n_turns=2)
 Part: TypeAlias = Callable[[Path, Scale], dict[str, Any]]
 
 
@@ -73,6 +74,21 @@ def _own(name: str, n_tensors: int = 64, *, n_agents: int = 0, **how: Any) -> Pa
     return part
 
 
+def _in_turn(folder: Path, scale: Scale) -> dict[str, Any]:
+    numbers = (Payload().n_tensors, *TENSORS)
+    found = asyncio.run(
+        own.in_turn(
+            folder,
+            [Payload(n_tensors=n) for n in numbers],
+            n_agents=scale.n_agents,
+            n_turns=scale.n_turns,
+            n_rounds=scale.n_rounds,
+            method="noop-average",
+        )
+    )
+    return {f"in-turn.{n}-tensors": {"rounds_s": rounds_s} for n, rounds_s in zip(numbers, found, strict=True)}
+
+
 def _peer(name: str, run: Callable[..., peers.Peer], *, has_tls: bool) -> Part:
     def part(folder: Path, scale: Scale) -> dict[str, Any]:
         n, n_rounds = scale.n_agents, scale.n_flower_rounds if run is peers.flower else scale.n_rounds
@@ -88,6 +104,7 @@ PARTS: Final[dict[str, Part]] = {
     "fedpipe.tls": _own("fedpipe.tls", has_tls=True),
     "fedpipe.product": _own("fedpipe.product", method="noop-product"),
     **{f"fedpipe.{n}-tensors": _own(f"fedpipe.{n}-tensors", n) for n in TENSORS},
+    "in-turn": _in_turn,
     "nvflare": _peer("nvflare", peers.nvflare, has_tls=True),
     "flower": _peer("flower", peers.flower, has_tls=False),
     "flower.tls": _peer("flower.tls", peers.flower, has_tls=True),

@@ -21,7 +21,7 @@ import numpy as np
 from agent.child import Evaluated, Finished, Phase, Surveyed, TrainTask
 from agent.trainers import Running
 from protocol import messages
-from protocol.adapters import Adapter, Stack, Stacks, alike
+from protocol.adapters import Stack, Stacks, alike
 from protocol.messages import Matrix, Plan
 from protocol.methods import Method
 from protocol.models import read_model
@@ -55,7 +55,7 @@ class Values:
         if plan.purpose == "evaluate":
             yield Evaluated(result=messages.Evaluated(version=plan.version, n_samples=10, n_tokens=10, loss=0.0))
             return Finished()
-        received = read_model(Path(task.model_file), max_bytes=task.max_model_bytes) if task.model_file else {}
+        received = read_model(Path(task.model_file), max_bytes=task.max_model_bytes) if task.model_file else Stacks([])
         write_update(
             Path(task.out_file),
             self._moved(received, plan, partial(self._shapes, task)),
@@ -71,12 +71,10 @@ class Values:
         listed = (Path(task.base_folder) / MATRICES_FILE).read_bytes()
         return {m.name: (m.d_out, m.d_in) for m in msgspec.json.decode(listed, type=list[Matrix])}
 
-    def _moved(self, received: Adapter, plan: Plan, survey: Callable[[], dict[str, tuple[int, int]]]) -> Stacks:
-        """Factors of the planned ranks, those received or else ones that are drawn, made the share's own."""
+    def _moved(self, received: Stacks, plan: Plan, survey: Callable[[], dict[str, tuple[int, int]]]) -> Stacks:
+        """The factors received, which are of the planned ranks, or else ones that are drawn, made the share's own."""
         seed = plan.train.seed if plan.train else 0
-        known = Stacks.of(received)
-        if known.ranks != plan.ranks:
-            known = drawn(plan.ranks, survey(), np.random.default_rng(seed))
+        known = received if received.runs else drawn(plan.ranks, survey(), np.random.default_rng(seed))
         return Stacks((names, self._own(stack, seed)) for names, stack in known.runs)
 
     @staticmethod

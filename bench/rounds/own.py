@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from itertools import pairwise
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,6 +15,7 @@ import msgspec
 from bench.rounds import watching
 from bench.rounds.fleet import Fleet, Payload, fleet
 from coordinator.core.state import RoundRecord
+from coordinator.views import JobView
 from protocol.bus import BrokerConfig, Received, mqtt_bus
 from protocol.messages import ExecState
 
@@ -95,22 +97,40 @@ async def measured(
         at.append(_cpu(pids))
         moved = await _broker_bytes(found) - through
         peak = {kind: max(watching.peak_bytes(pid) for pid in of) for kind, of in _kinds(pids).items()}
-        rounds = [record for record in job.history if record.purpose == "train"]
-        ends = [record.opened_at for record in job.history][1:]
-        phases = [_phases(record, end) for record, end in zip(rounds[1:], ends[1:], strict=True)]
+        rounds, ends = _with_model(job)
+        phases = [_phases(record, end) for record, end in zip(rounds, ends, strict=True)]
         return Own(
             n_agents=n_agents,
             n_bytes=rounds[-1].shares[found.agents[0]].bytes_up,
             n_tensors=payload.n_tensors,
             method=method,
             has_tls=has_tls,
-            rounds_s=[after - before for before, after in pairwise([rounds[1].opened_at, *ends[1:]])],
+            rounds_s=[end - record.opened_at for record, end in zip(rounds, ends, strict=True)],
             phases=Phases(**{name: median(getattr(p, name) for p in phases) for name in Phases.__struct_fields__}),
             cpu_s={kind: (at[2][kind] - 2 * at[1][kind] + at[0][kind]) / n_rounds for kind in at[0]},
-            broker_bytes=moved / len(rounds),
+            broker_bytes=moved / (n_rounds + 1),
             idle_bytes=idle,
             peak_bytes=peak,
         )
+
+
+async def in_turn(
+    folder: Path, payloads: Sequence[Payload], *, n_agents: int, n_turns: int, n_rounds: int, method: str
+) -> list[list[float]]:
+    """Seconds of each round with each payload, on fleets that take turns: what the machine does meanwhile meets all of them."""
+    async with AsyncExitStack() as stack:
+        fleets = [
+            await stack.enter_async_context(fleet(folder / str(number), payload, n_agents=n_agents))
+            for number, payload in enumerate(payloads)
+        ]
+        found: list[list[float]] = [[] for _ in payloads]
+        for turn in range(n_turns + 1):
+            for one, rounds_s in zip(fleets, found, strict=True):
+                await one.submit(f"turn-{turn}", method, n_rounds + 1)
+                rounds, ends = _with_model(await one.ended(f"turn-{turn}"))
+                if turn:  # in the first, children are started, files and code are warmed
+                    rounds_s += [end - record.opened_at for record, end in zip(rounds, ends, strict=True)]
+        return found
 
 
 def measured_now(folder: Path, payload: Payload, **how: Any) -> dict[str, Any]:
@@ -119,6 +139,12 @@ def measured_now(folder: Path, payload: Payload, **how: Any) -> dict[str, Any]:
     derived = {"round_s": found.round_s, "fold_s": found.phases.fold, "peak_over_payload": found.peak_over_payload}
     plain: dict[str, Any] = msgspec.to_builtins(found)
     return plain | derived
+
+
+def _with_model(job: JobView) -> tuple[list[RoundRecord], list[float]]:
+    """The rounds of training in which there was a model to download, which is all but the first, and when the next began."""
+    rounds = [record for record in job.history if record.purpose == "train"]
+    return rounds[1:], [record.opened_at for record in job.history][2:]
 
 
 def _phases(record: RoundRecord, next_at: float) -> Phases:

@@ -18,10 +18,10 @@ def summary(found: Mapping[str, Any]) -> dict[str, float | None]:
     """The figures that the goals name.
 
     overhead_s is our round less the bare publishes of the same bytes with one broadcast down, without what the aggregation
-    takes; vs_* are how many of our rounds one of theirs takes, NVFlare's against ours with TLS, as it has it too.
+    takes; tensors_*_ratio compare rounds that took turns; vs_* are how many of our rounds one of theirs takes, NVFlare's against ours with TLS, as it has it too.
     """
     ours, tls = seconds(found.get("fedpipe")), seconds(found.get("fedpipe.tls"))
-    many = [n for n in (2, 448, 12_008) if ours and f"fedpipe.{n}-tensors" in found]
+    beside = {n: seconds(found.get(f"in-turn.{n}-tensors")) for n in (64, 2, 448, 12_008)}
     return {
         "round_s": ours,
         "round_tls_s": tls,
@@ -32,7 +32,7 @@ def summary(found: Mapping[str, Any]) -> dict[str, float | None]:
         "vs_flower_tls": _ratio(seconds(found.get("flower.tls")), tls),
         "vs_nvflare": _ratio(seconds(found.get("nvflare")), tls),
         "peak_over_payload": max((p["peak_over_payload"] for name, p in _own(found)), default=None),
-        **{f"tensors_{n}_ratio": _ratio(seconds(found[f"fedpipe.{n}-tensors"]), ours) for n in many},
+        **{f"tensors_{n}_ratio": _ratio(seen, beside[64]) for n, seen in beside.items() if n != 64 and seen},
     }
 
 

@@ -20,16 +20,20 @@ Cost per matrix: O((d_out + d_in) r) per update; norms O((d_out + d_in) r^2).  M
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, repeat
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 
 from coordinator.aggregators import Aggregate, Weighted
 from coordinator.aggregators.product import check_range, in_order, trained_names
 from protocol.adapters import ALL, F64, Factors, Run, Stack, Stacks, alike, bands, few, truncate
+
+_Table: TypeAlias = tuple[Mapping[str, int], Callable[[str], tuple[int, int]]]
+"""What an update lists: ranks, and a shape for a name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,7 @@ class Average:
         """See Aggregator.aggregate; server_lr moves the model that part of the way to the mean."""
         ordered = in_order(updates)
         names = trained_names(ordered)
-        untouched = ((name, model[name]) for name in sorted(model.keys() - set(names)))
+        untouched = ((name, model[name]) for name in sorted(set(model).difference(names)))
         found: list[Run] = [([name], Stack.of([factors])) for name, factors in untouched]
         dropped_ratio: dict[str, float] = {}
         kept = model if server_lr != 1.0 else {}
@@ -96,13 +100,17 @@ def _alike(names: Sequence[str], kept: Mapping[str, Factors], ordered: Sequence[
     """Runs of matrices of one shape, which the same agents trained at the same ranks and the model holds at one rank."""
     listed = [(u.update.ranks, u.update.shape) for u in ordered]
     tables = list({id(ranks): (ranks, shape) for ranks, shape in listed}.values())  # like updates have one in common
-    shapes = (next(shape(name) for ranks, shape in tables if name in ranks) for name in names)
+    shape_of = tables[0][1] if len(tables) == 1 else partial(_shape, tables)
     held = (kept[name].rank if name in kept else None for name in names) if kept else repeat(None)
     columns = [list(map(ranks.get, names, repeat(-1))) for ranks, _ in tables]
-    sorts = list(zip(shapes, held, *columns, strict=False))
+    sorts = list(zip(map(shape_of, names), held, *columns, strict=False))
     for whole in alike(range(len(names)), sorts.__getitem__):
         for part in few(whole, sum(sorts[whole.start][0]) * max(column[whole.start] for column in columns)):
             yield names[part]
+
+
+def _shape(tables: Sequence[_Table], name: str) -> tuple[int, int]:
+    return next(shape(name) for ranks, shape in tables if name in ranks)
 
 
 def _dropped(whole: Factors, rank: int) -> float:

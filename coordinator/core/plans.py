@@ -44,8 +44,8 @@ BITS: Final[tuple[Bits, ...]] = ("none", "int8", "nf4")
 def update_limit_bytes(job: JobState, choice: Choice) -> int:
     """The largest update that fits this choice: its tensors plus room for names and framing.  Unit: bytes."""
     asked = job.matrices, choice.ranks, _update_dtype(job, choice)
-    if not _last or _last[0][0] != asked:  # ten shares of one plan ask the same, perhaps of thousands of matrices
-        _last[:] = [(asked, _tensor_bytes(*asked))]
+    # Ten shares of one plan ask the same, perhaps of thousands of matrices; what is the very same compares at once.
+    _last[:] = [(asked, _last[0][1] if _last and _last[0][0] == asked else _tensor_bytes(*asked))]
     return _last[0][1] + 65_536 + 512 * len(choice.ranks)
 
 

@@ -25,7 +25,8 @@ def test_the_summary_compares_means_with_tls_against_tls() -> None:
         "bare.broadcast": {"rounds_s": [0.25, 0.25]},
         "fedpipe": ours,
         "fedpipe.tls": ours | {"rounds_s": [2.0], "peak_over_payload": 2.5},
-        "fedpipe.448-tensors": ours | {"rounds_s": [1.5]},
+        "in-turn.64-tensors": {"rounds_s": [2.0, 4.0]},
+        "in-turn.448-tensors": {"rounds_s": [4.5, 4.5]},
         "nvflare": {"rounds_s": [6.0]},
         "flower": {"rounds_s": [20.0]},
     }
@@ -49,3 +50,12 @@ def test_two_agents_in_one_process_do_rounds_that_carry_the_payload(tmp_path: Pa
     assert found.broker_bytes > 4 * payload.n_bytes  # up twice, and each through the broker in both directions
     phases = found.phases
     assert found.rounds_s[0] == pytest.approx(phases.down + phases.up + phases.fold + phases.plan, abs=1e-3)
+
+
+@pytest.mark.e2e
+def test_two_fleets_take_turns(tmp_path: Path) -> None:
+    payloads = [Payload(n_bytes=2**18, n_tensors=n) for n in (8, 64)]
+    how = {"n_agents": 1, "n_turns": 1, "n_rounds": 2, "method": "noop-average"}
+    found = asyncio.run(own.in_turn(tmp_path, payloads, **how))  # type: ignore[arg-type]
+    assert [len(rounds_s) for rounds_s in found] == [2, 2]
+    assert all(seconds > 0 for rounds_s in found for seconds in rounds_s)
