@@ -31,6 +31,7 @@ from agent.supervisor import Supervisor
 from agent.upkeep import sweep_parts
 from protocol.blobs import Blobs
 from protocol.errors import BadConfig, OutsideFault, Unavailable
+from protocol.frames import chunk_for
 from protocol.messages import Blob, Offer, Plan, Progress
 from protocol.methods import load as load_method
 
@@ -45,7 +46,8 @@ class Training:
     """The daemon's training child at work.
 
     `tell` hands facts to the core; `moved` is called whenever progress was made; `allowed_bytes`, asked when a run begins,
-    says how much memory it may hold (0: not known); `look` at the energy that the device has used.
+    says how much memory it may hold (0: not known); `look` at the energy that the device has used; `up_bytes_per_s` of the link, for
+    how an update is cut.
     """
 
     def __init__(
@@ -58,10 +60,12 @@ class Training:
         moved: Callable[[], None],
         allowed_bytes: Callable[[], Awaitable[int]],
         look: Callable[[], Seen | None],
+        up_bytes_per_s: Callable[[], float],
     ) -> None:
         self.progress, self.steps = Progress(), StepClock()
         self._config, self._blobs, self._outbox = config, blobs, outbox
         self._tell, self._moved, self._allowed_bytes, self._look = tell, moved, allowed_bytes, look
+        self._up_bytes_per_s = up_bytes_per_s
         self._folder = Path(config.state_dir)
         self.supervisor = Supervisor(config.child, log=self._folder / "training.log")
         self._run: asyncio.Task[None] | None = None
@@ -251,7 +255,9 @@ class Training:
             round=plan.round,
             attempt=plan.attempt,
             kind=load_method(plan.method, self._config.methods).kind,
-            blob=Blob(sha256="0" * 64, size=1, chunk=self._config.broker.chunk_bytes),
+            blob=Blob(
+                sha256="0" * 64, size=1, chunk=chunk_for(self._up_bytes_per_s(), self._config.broker.chunk_bytes)
+            ),
             samples=ending.samples,
             loss=ending.loss,
             train_s=ending.train_s,

@@ -64,9 +64,10 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Transfer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How bulk is moved.  The budget, not the number of agents, bounds the memory of broker and coordinator."""
 
-    window: Annotated[int, Meta(ge=1, le=256)] = 12
-    """Chunks in flight from one agent; on a long link more, as far as they speed it up."""
-    budget_bytes: Positive = 32 * 2**20
+    window: Annotated[int, Meta(ge=1, le=256)] = 4
+    """Chunks in flight from one agent, until it is known how many its link takes."""
+    budget_bytes: Positive = 24 * 2**20
+    """In flight from all of them."""
     timeout_s: Duration = 5.0
     max_update_bytes: Positive = 16 * 2**30
     broadcast: bool = True

@@ -21,6 +21,9 @@ FRAME_VERSION: Final = 1
 MAX_DATA_BYTES: Final = 4 * 2**20
 MAX_CHUNKS: Final = 2**20
 """A blob of more chunks is refused: its book-keeping alone would be a megabyte."""
+CARRIED_S: Final = 0.1
+LEAST_CHUNK_BYTES: Final = 16 * 2**10
+"""MAX_CHUNKS of these are the largest update that a coordinator takes."""
 OVERHEAD_BYTES: Final = 12
 """What a frame adds to its chunk: a chunk must stay this far, and the topic's length, below the broker's packet limit."""
 
@@ -28,6 +31,17 @@ _MAGIC = b"fp"
 _HEADER = struct.Struct(">2sBxI")
 _TRAILER = struct.Struct("<I")
 _RESIDUE = 0x48674BC7  # crc32c(x + little-endian crc32c(x)) for every x
+
+
+def chunk_for(bytes_per_s: float, most: int) -> int:
+    """How to cut a blob for a link, 0 if nobody knows it: a power of two that it carries in CARRIED_S, and at most `most` bytes.
+
+    A chunk is what is held at least for each sender, in the broker and as credit, and a thousand of them may have narrow links.
+    """
+    if not bytes_per_s:
+        return most
+    carried = max(LEAST_CHUNK_BYTES, int(bytes_per_s * CARRIED_S))
+    return min(most, 1 << carried.bit_length() - 1)
 
 
 def encode_frame(index: int, data: bytes) -> bytes:

@@ -1,8 +1,12 @@
 """The incoming half of the bulk of one daemon: the receiving machines bound to a bus and to a disk.
 
-What the state machines decide (protocol/transfer.py, protocol/fetching.py, protocol/line.py) is carried out: credit is published, chunks
+What the state machines decide (protocol/transfer.py, protocol/fetching.py) is carried out: credit is published, chunks
 that arrive are written, complete files are verified in a thread and handed over, a broadcast is subscribed to for as long as
-it is pulled.  Nothing is decided here, and no byte of a blob stays in memory.
+it is pulled.  No byte of a blob stays in memory.
+
+Of many transfers that are wanted at once those wait in line that would find no credit, and begin in the order in which they came as soon as
+those that have begun leave some.  A thousand that are begun together are half done for the whole time, and each holds a file, a bitmap and a
+place in every queue; one behind the other they take as long, and hold little.  On narrow links, which use little credit, more are begun.
 """
 
 from __future__ import annotations
@@ -19,7 +23,6 @@ from protocol.bus import Bus, BusError
 from protocol.errors import BadMessage, Unavailable
 from protocol.fetching import Fetching
 from protocol.frames import carried_checksum, decode_frame
-from protocol.line import Line
 from protocol.messages import Blob, Grant, Placed
 from protocol.spool import Partial, Spool
 from protocol.store_way import Way
@@ -27,6 +30,8 @@ from protocol.transfer import Action as ReceivingAction
 from protocol.transfer import Completed, GaveUp, Receiving, SendGrant, StopListening
 
 N_VERIFYING: Final = 3
+MAX_UNVERIFIED: Final = 16
+"""Complete files that may wait for that; while there are more, none is begun."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +120,7 @@ class Pulling:
         self._bus, self._spool, self._clock, self._way = bus, spool, clock, way
         self._say, self._outcome, self._blob_topic = say, outcome, blob_topic
         self._pulls: dict[tuple[str, str], _Pull] = {}
-        self._line = Line(receiving.budget_bytes, lambda key: receiving.silent_since(*key))
+        self._waiting: dict[tuple[str, str], int] = {}  # in line: the credit they could use at once, in bytes
         self._heard: set[str] = set()
         self._ears = asyncio.Event()
         self._ending = asyncio.Lock()
@@ -153,7 +158,7 @@ class Pulling:
         if known:
             known.let_down("it was offered otherwise")
         self.fetching.close(peer, blob.xfer)
-        self._line.leave((peer, blob.xfer))
+        self._waiting.pop((peer, blob.xfer), None)
         pull = _Pull(peer, blob, size, sha256 or blob.sha256, None, listen, by_store and self._way.is_open(peer))
         self._pulls[peer, blob.xfer] = pull
         self._start(pull)
@@ -165,12 +170,16 @@ class Pulling:
             self._ears.set()  # it begins when the broker knows of it, or the first chunks would be missed
         else:
             size = pull.blob.size if pull.size is None else pull.size
-            self._line.join((pull.peer, pull.blob.xfer), min(size, self.receiving.window * pull.blob.chunk))
+            self._waiting[pull.peer, pull.blob.xfer] = min(size, self.receiving.window * pull.blob.chunk)
             self._begin_next()
 
     def _begin_next(self) -> None:
         """Begin those whose turn it is."""
-        for key in self._line.begin(self._clock()):
+        while self._waiting and self._ends.qsize() < MAX_UNVERIFIED:
+            key, n_bytes = next(iter(self._waiting.items()))
+            if not self.receiving.has_room(n_bytes):
+                break
+            del self._waiting[key]
             self._begin(self._pulls[key])
 
     def _begin(self, pull: _Pull) -> None:
@@ -213,7 +222,7 @@ class Pulling:
                 except BusError:  # a broker that does not let us listen: it is pulled
                     pull.listening = False
                 if not pull.begun and self._is_wanted(pull):
-                    self._line.leave((pull.peer, xfer))
+                    self._waiting.pop((pull.peer, xfer), None)
                     self._begin(pull)
 
     def stop(self, peer: str, xfer: str) -> None:
@@ -226,7 +235,7 @@ class Pulling:
             pull.let_down("it is not wanted any more")
             if pull.partial:
                 pull.partial.discard()
-        self._line.leave((peer, xfer))
+        self._waiting.pop((peer, xfer), None)
         self._begin_next()
 
     def chunk(self, peer: str, xfer: str, payload: bytes, *, heard: bool = False) -> None:
@@ -250,6 +259,7 @@ class Pulling:
             return
         if not pull.by_store:
             self._perform(self.receiving.chunk(peer, xfer, index, len(data), self._clock(), heard=heard))
+            self._begin_next()
         elif is_new:
             self.fetching.wrote(peer, xfer, index, pull.partial.have)
 
@@ -275,9 +285,7 @@ class Pulling:
         """One of a few: the disk writes while the next is hashed; what follows upon an end is for one at a time."""
         while True:
             pull, lost = await self._ends.get()
-            if self._is_wanted(pull):
-                self._line.leave((pull.peer, pull.blob.xfer))
-                self._begin_next()
+            self._begin_next()
             end = lost or (await self._verified(pull) if self._is_wanted(pull) else None)
             async with self._ending:
                 if end and self._is_wanted(pull):
@@ -330,16 +338,16 @@ class Pulling:
         """All credit (or that of one peer, which was reborn) is void: it is given again."""
         self._perform(self.receiving.reset(self._clock(), peer))
         self.fetching.reset(peer)
+        self._begin_next()
 
     def tick(self) -> None:
         """Handle what time alone made due; see `wake_at`."""
         self._perform(self.receiving.tick(self._clock()))
         self.fetching.tick()
-        if self._line.wake_at is not None and self._line.wake_at <= self._clock():
-            self._begin_next()
+        self._begin_next()
 
     @property
     def wake_at(self) -> float | None:
         """When to tick."""
-        all_three = self.receiving.wake_at, self.fetching.receiving.wake_at, self._line.wake_at
-        return min((at for at in all_three if at is not None), default=None)
+        both = self.receiving.wake_at, self.fetching.receiving.wake_at
+        return min((at for at in both if at is not None), default=None)

@@ -29,8 +29,8 @@ here.  A chunk in neither is here already.  From this follow the rules:
 - Time is counted per transfer and only while something is out: any new chunk restarts it, waiting for budget is not the
   peer's fault.  When it runs out, everything out is wanted again, the peer's window is halved
   and the patience doubles.  `max_tries` of that in a row without a single new chunk: given up, with a reason.
-- A long link needs a longer window: it follows the link, between `window` and `max_window` (protocol/windows.py), and does not
-  outgrow its peer's share of the budget.
+- A long link needs a longer window and a narrow one a shorter: from `window` on it follows the link, up to `max_window`
+  (protocol/windows.py), and does not outgrow its peer's share of the budget.
 - A chunk that arrives after its timer is as good as any other: it is taken from `wanted` and never asked for again.
 - A new connection voids all credit (`reset`): what was under way at QoS 0 is gone.
 - A transfer may listen to a broadcast of its blob (protocol/broadcast.py).  Its credit then says so, and goes on ahead of
@@ -46,7 +46,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from math import inf
 from typing import Final
 
 import msgspec
@@ -276,12 +275,9 @@ class Receiving:
         transfer = self._open.get((peer, xfer))
         return None if transfer is None else transfer.wanted.count + len(transfer.out)
 
-    def silent_since(self, peer: str, xfer: str) -> float | None:
-        """Since when a transfer has credit and brings nothing: for ever, once time ran out; None if it waits for credit."""
-        transfer = self._open.get((peer, xfer))
-        if transfer is None or not (transfer.out or transfer.tries):
-            return None
-        return -inf if transfer.tries else transfer.moved_at
+    def has_room(self, n_bytes: int) -> bool:
+        """Whether a transfer that begins now gets credit for so many bytes, or for half of all: nobody waits for any."""
+        return not self._hungry and min(n_bytes, self.budget_bytes // 2) <= self.budget_bytes - self.out_bytes
 
     # ------------------------------------------------------------------------------------------------------- credit
 

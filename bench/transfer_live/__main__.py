@@ -6,6 +6,7 @@ mosquitto with the configuration that we recommend.  Senders and receivers are p
 - throughput: an update pulled from one agent, beside the same frames published at QoS 0 as fast as the bus takes them;
 - fairness:   ten agents that upload at once;
 - distance:   an agent behind a link of 100 ms and a given bandwidth (a relay that delays and paces each direction);
+- narrow:     a hundred agents, each behind a link of 2 Mbit/s of its own: they should all upload at once
 - broadcast:  one model to a hundred agents, a third of which want the first half of it; and once more with 5 % of the chunks
               lost, at each receiver on its own.
 
@@ -24,11 +25,11 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from bench.transfer_live.parts import broadcast, distance, fairness, throughput
+from bench.transfer_live.parts import broadcast, distance, fairness, narrow, throughput
 from bench.transfer_live.world import mosquitto
 
 Part = Callable[[int, Path], Coroutine[Any, Any, dict[str, Any]]]
-PARTS: Final = ("throughput", "fairness", "distance", "broadcast")
+PARTS: Final = ("throughput", "fairness", "distance", "narrow", "broadcast")
 
 
 async def measure(only: Sequence[str], n_agents: int) -> dict[str, Any]:
@@ -42,6 +43,7 @@ async def measure(only: Sequence[str], n_agents: int) -> dict[str, Any]:
             lambda port, at: distance(port, at, 200, 192 * 2**20),
             lambda port, at: distance(port, at, 1000, 384 * 2**20),
         ],
+        "narrow": [lambda port, at: narrow(port, at, 2, 2 * 2**20, n_agents)],
         "broadcast": [
             lambda port, at: broadcast(port, at, 32 * 2**20, n_agents, 0.0),
             lambda port, at: broadcast(port, at, 32 * 2**20, n_agents, 0.05),

@@ -30,9 +30,9 @@ DROPPED: Final = "$SYS/broker/publish/messages/dropped"
 class Live(Node):
     """A node that counts what it gets.  `lose` is the share of chunks that vanish when they are here."""
 
-    def __init__(self, url: str, folder: Path, name: str, *, window: int = 8, lose: float = 0.0) -> None:
+    def __init__(self, url: str, folder: Path, name: str, *, lose: float = 0.0, **rules: Any) -> None:
         bus = mqtt_bus(BrokerConfig(url=url), name, lambda: None)
-        super().__init__(bus, TOPICS, folder, name, window=window, max_window=MAX_WINDOW)
+        super().__init__(bus, TOPICS, folder, name, max_window=MAX_WINDOW, **rules)
         self.n_chunks, self.n_lost, self.n_dropped = 0, 0, 0
         self.whole_at: dict[str, float] = {}
         self._arrived, self._counting = asyncio.Event(), 0

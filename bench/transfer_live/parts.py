@@ -11,11 +11,17 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
 from bench.transfer_live.node import CLOUD
 from bench.transfer_live.nodes import Agents, Live
-from bench.transfer_live.world import added_cpu_s, content
+from bench.transfer_live.world import CHUNK_BYTES, added_cpu_s, content
+from coordinator.config import Transfer
+from protocol.frames import chunk_for
 
 MB: Final = 10**6
+AS_CONFIGURED: Final = {"window": Transfer().window, "budget_bytes": Transfer().budget_bytes}
+"""The coordinator's receiving side, unless somebody configures it otherwise."""
 
 
 async def throughput(port: int, folder: Path, n_bytes: int, n_times: int = 7) -> dict[str, Any]:
@@ -23,7 +29,7 @@ async def throughput(port: int, folder: Path, n_bytes: int, n_times: int = 7) ->
     url = f"mqtt://127.0.0.1:{port}"
     bare, ours, last = [], [], []
     spent = {"bare": [0.0, 0.0], "verified": [0.0, 0.0]}
-    async with Live(url, folder, CLOUD, window=12) as cloud, Agents(url, folder, ["a0"]) as agent:
+    async with Live(url, folder, CLOUD, **AS_CONFIGURED) as cloud, Agents(url, folder, ["a0"]) as agent:
         pids = {"sender": agent.pid, "receiver": os.getpid()}
         for seed in range(n_times):
             path, blob = content(folder, n_bytes, seed)
@@ -65,7 +71,7 @@ async def fairness(port: int, folder: Path, n_bytes: int, n_agents: int = 10) ->
     names = [f"a{n}" for n in range(n_agents)]
     files = [content(folder, n_bytes, 100 + n) for n in range(n_agents)]
     async with AsyncExitStack() as stack:
-        cloud = await stack.enter_async_context(Live(url, folder, CLOUD, window=12))
+        cloud = await stack.enter_async_context(Live(url, folder, CLOUD, **AS_CONFIGURED))
         for half in (0, 1):
             agents = await stack.enter_async_context(Agents(url, folder, names[half::2]))
             agents.do("offer", files[half::2])
@@ -92,7 +98,7 @@ async def distance(port: int, folder: Path, mbit_per_s: float, n_bytes: int) -> 
     bytes_per_s = mbit_per_s * 1e6 / 8
     async with AsyncExitStack() as stack:
         url = f"mqtt://127.0.0.1:{port}"
-        cloud = await stack.enter_async_context(Live(url, folder, CLOUD, window=12))
+        cloud = await stack.enter_async_context(Live(url, folder, CLOUD, **AS_CONFIGURED))
         agent = await stack.enter_async_context(Agents(url, folder, ["a0"], link=(bytes_per_s, 0.05)))
         path, blob = content(folder, n_bytes, int(mbit_per_s))
         started, counting = time.monotonic(), asyncio.create_task(cloud.count(blob.n_chunks))
@@ -110,6 +116,37 @@ async def distance(port: int, folder: Path, mbit_per_s: float, n_bytes: int) -> 
             "mbit_per_s": mbit_per_s,
             "used_ratio": round(n_bytes / took_s / bytes_per_s, 2),
             "bare_used_ratio": round(n_bytes / bare_s / bytes_per_s, 2),
+            "sent_again": cloud.exchange.pulling.receiving.counts.n_voided,
+        }
+
+
+async def narrow(
+    port: int, folder: Path, mbit_per_s: float, n_bytes: int, n_agents: int, n_processes: int = 4
+) -> dict[str, Any]:
+    """Uploads of many agents, each behind a narrow link of its own: how much of all their bandwidth is used until the last is whole."""
+    url, bytes_per_s = f"mqtt://127.0.0.1:{port}", mbit_per_s * 1e6 / 8
+    names = [f"n{n}" for n in range(n_agents)]
+    chunk = chunk_for(bytes_per_s, CHUNK_BYTES)  # as an agent cuts it that knows its link
+    whole = [content(folder, n_bytes, 200 + n) for n in range(n_agents)]
+    files = [(path, msgspec.structs.replace(blob, chunk=chunk)) for path, blob in whole]
+    async with AsyncExitStack() as stack:
+        cloud = await stack.enter_async_context(Live(url, folder, CLOUD, **AS_CONFIGURED))
+        for i in range(n_processes):
+            there = Agents(url, folder, names[i::n_processes], link=(bytes_per_s, 0.02))
+            agents = await stack.enter_async_context(there)
+            agents.do("offer", files[i::n_processes])
+            await agents.answer()
+        started = time.monotonic()
+        for name, (_, blob) in zip(names, files, strict=True):
+            cloud.pull(name, blob)
+        for _ in names:
+            await cloud.pulled()
+        took_s = time.monotonic() - started
+        return {
+            "agents": n_agents,
+            "mbit_per_s_each": mbit_per_s,
+            "seconds": round(took_s, 1),
+            "used_ratio": round(n_bytes / bytes_per_s / took_s, 2),
             "sent_again": cloud.exchange.pulling.receiving.counts.n_voided,
         }
 

@@ -668,6 +668,15 @@ async def test_the_uplink_is_measured_once_before_anything_was_uploaded(stage: S
     assert agent.resources.link.up_bytes_per_s > 0
 
 
+async def test_an_update_is_cut_as_its_link_can_carry_it(stage: Stage, cloud: Cloud) -> None:
+    limits = Limits(up_bytes_per_s=300_000)
+    stage.config = msgspec.structs.replace(stage.config, limits=limits, broker=BrokerConfig(chunk_bytes=120 * 1024))
+    await stage.start()
+    cloud.give(a_plan())
+    offer = await cloud.hears(Offer, round=1)
+    assert offer.blob.chunk == 16 * 1024, "a power of two, and not above a tenth of a second"
+
+
 async def test_an_agent_that_has_yet_to_measure_its_uplink_stops_at_once(stage: Stage, cloud: Cloud) -> None:
     stage.config = msgspec.structs.replace(stage.config, probe_within_s=10**6)
     agent = await stage.start()

@@ -10,6 +10,7 @@ from protocol.frames import (
     OVERHEAD_BYTES,
     carried_checksum,
     checksum,
+    chunk_for,
     chunk_length,
     decode_frame,
     encode_frame,
@@ -90,3 +91,19 @@ def test_no_such_prefix(size: int) -> None:
 def test_a_blob_of_too_many_chunks_is_refused() -> None:
     with pytest.raises(BadMessage):
         n_prefix_chunks(Blob(sha256="0" * 64, size=2**40, chunk=1024))
+
+
+@pytest.mark.parametrize(
+    ("bytes_per_s", "most", "chunk"),
+    [
+        (0.0, 250_000, 250_000),
+        (1e-9, 250_000, 16_384),
+        (250_000.0, 250_000, 16_384),
+        (1_310_720.0, 250_000, 131_072),
+        (1_310_700.0, 250_000, 65_536),
+        (1e12, 250_000, 250_000),
+        (1e3, 1024, 1024),
+    ],
+)
+def test_a_blob_is_cut_as_its_link_can_carry_it(bytes_per_s: float, most: int, chunk: int) -> None:
+    assert chunk_for(bytes_per_s, most) == chunk

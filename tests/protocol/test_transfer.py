@@ -190,21 +190,19 @@ def test_waiting_for_budget_is_not_the_peers_fault() -> None:
     assert (n_done, now, pool.counts.n_voided) == (10, 80, 0)
 
 
-def test_silent_is_who_has_credit_and_brings_nothing() -> None:
-    pool = Receiving(window=4, budget_bytes=4 * KIB, timeout_s=5.0)
+def test_there_is_room_while_nobody_waits_and_credit_is_left() -> None:
+    pool = Receiving(window=4, budget_bytes=8 * KIB)
     what = blob(8)
+    assert pool.has_room(4 * KIB)
     pool.open("x", what, 3.0)
+    assert pool.has_room(100 * KIB), "half of all there is"
     pool.open("y", what, 3.0)
-    assert pool.silent_since("x", A) == 3.0
-    assert pool.silent_since("y", A) is None, "it waits for credit"
-    assert pool.silent_since("z", A) is None
-    feed(pool, "x", what, 0, now=4.0)
-    assert pool.silent_since("x", A) == 4.0
-    pool.tick(9.0)
-    assert pool.silent_since("x", A) == -inf
-    assert pool.silent_since("y", A) == 9.0, "its turn has come"
-    feed(pool, "x", what, 1, now=10.0)
-    assert pool.silent_since("x", A) is None
+    assert not pool.has_room(1)
+    pool.open("z", what, 3.0)
+    pool.close("x", A, 3.0)
+    assert not pool.has_room(1), "it went to who waited"
+    pool.close("y", A, 3.0)
+    assert pool.has_room(4 * KIB)
 
 
 def test_a_new_bus_voids_all_credit_and_gives_it_again() -> None:
@@ -406,6 +404,16 @@ def test_a_window_follows_a_long_link_and_no_further(mbit_per_s: int) -> None:
     assert pool.counts.n_voided == 0
     fixed_s, _ = drive(Receiving(window=8), what, bytes_per_s=bytes_per_s, rtt_s=0.1)
     assert mbit_per_s < 200 or fixed_s > 1.2 * took_s
+
+
+def test_a_narrow_link_holds_little_credit_and_loses_nothing_by_it() -> None:
+    what, bytes_per_s = blob(60, chunk=256 * KIB, last=256 * KIB), 250_000.0
+    pool = Receiving(window=8, max_window=256)
+    _, late_s = drive(pool, what, bytes_per_s=bytes_per_s, rtt_s=0.05, until_s=30.0)
+    assert late_s == pytest.approx(8 * 256 * KIB / bytes_per_s), "at first, when nobody knows the link"
+    assert pool.out_bytes <= 3 * 256 * KIB
+    took_s, _ = drive(Receiving(window=8, max_window=256), what, bytes_per_s=bytes_per_s, rtt_s=0.05)
+    assert what.size / took_s > 0.98 * bytes_per_s
 
 
 def test_no_window_outgrows_its_share_of_the_budget() -> None:
