@@ -37,11 +37,15 @@ class Caps:
         """Why it may not; empty while it may."""
         return "" if self.is_open else f"updates and models move at {', '.join(self._limits.transfer_hours)} only"
 
+    def capped_up(self, bytes_per_s: float) -> float:
+        """What is to be expected of an uplink that carried so much; 0 is not known."""
+        return _capped(bytes_per_s, self._limits.up_bytes_per_s)
+
     def applied(self, report: Report) -> Report:
         """The report with the link as it may be used, which is what the planner has to know."""
         return msgspec.structs.replace(
             report,
-            up_bytes_per_s=_capped(report.up_bytes_per_s, self._limits.up_bytes_per_s),
+            up_bytes_per_s=self.capped_up(report.up_bytes_per_s),
             down_bytes_per_s=_capped(report.down_bytes_per_s, self._limits.down_bytes_per_s),
             notes=([self.reason] if self.reason else []) + report.notes[:15],
         )

@@ -46,8 +46,8 @@ class Training:
     """The daemon's training child at work.
 
     `tell` hands facts to the core; `moved` is called whenever progress was made; `allowed_bytes`, asked when a run begins,
-    says how much memory it may hold (0: not known); `look` at the energy that the device has used; `up_bytes_per_s` of the link, for
-    how an update is cut.
+    says how much memory it may hold (0: not known); `look` at the energy that the device has used; `up_bytes_per_s` is what
+    the link carries, for how an update is cut (0: not known).
     """
 
     def __init__(

@@ -67,7 +67,7 @@ class Transfer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     window: Annotated[int, Meta(ge=1, le=256)] = 4
     """Chunks in flight from one agent, until it is known how many its link takes."""
     budget_bytes: Positive = 24 * 2**20
-    """In flight from all of them."""
+    """Chunks under way from all agents: bounds the broker's memory and ours."""
     timeout_s: Duration = 5.0
     max_update_bytes: Positive = 16 * 2**30
     broadcast: bool = True
