@@ -24,8 +24,6 @@ here.  A chunk in neither is here already.  From this follow the rules:
 
 - At most `window` chunks are out per peer, at most `budget_bytes` over all peers.  The budget, not the number of peers,
   bounds the broker's and our memory.  It is charged per chunk at the size of a full one.
-- Of the budget START_BYTES may be out at first, and as much more as has come since: a thousand agents that begin together say a thousand
-  other things first, and until those are heard, chunks would only fill the broker.
 - A peer that could use credit stands in one queue, `_hungry`; it is served in turn, by a batch, and goes to the back.  When
   the budget is used up the queue waits for the next byte that comes free: a chunk, a timeout, a transfer that ends.
 - Time is counted per transfer and only while something is out: any new chunk restarts it, waiting for budget is not the
@@ -61,7 +59,6 @@ from protocol.pacing import Pace
 from protocol.pulls import Pull, Sender
 from protocol.windows import Window
 
-START_BYTES: Final = 8 * 2**20
 MAX_WINDOW: Final = 256
 """Chunks in flight to one peer; so also the most that one grant may name."""
 DEAF_TRIES: Final = 2
@@ -142,7 +139,6 @@ class Receiving:
         self.max_tries = max_tries
         self.pace = pace or Pace()
         self.out_bytes = 0
-        self._allowed_bytes = min(budget_bytes, START_BYTES)
         self.counts = Counts()
         self._peers: dict[str, Sender] = {}
         self._open: dict[tuple[str, str], Pull] = {}
@@ -211,7 +207,6 @@ class Receiving:
             self.counts.n_unneeded += 1
             self._want(source)  # it may have been passed over
             return [*actions, *self._serve(now)] if self._hungry else actions
-        self._allowed_bytes = min(self.budget_bytes, self._allowed_bytes + transfer.unit_bytes)
         share = self.budget_bytes / (transfer.unit_bytes * len(self._peers))
         source.window.arrived(credit, now, share)
         self.counts.n_chunks += 1
@@ -269,8 +264,6 @@ class Receiving:
                 transfer.tries = transfer.overrun_bytes = 0
                 self._void(transfer)
             self._want(source)
-        if peer is None:
-            self._allowed_bytes = min(self.budget_bytes, START_BYTES)
         return self._serve(now)
 
     def __len__(self) -> int:
@@ -284,7 +277,7 @@ class Receiving:
 
     def has_room(self, n_bytes: int) -> bool:
         """Whether a transfer that begins now gets credit for so many bytes, or for half of all: nobody waits for any."""
-        return not self._hungry and min(n_bytes, self._allowed_bytes // 2) <= self._allowed_bytes - self.out_bytes
+        return not self._hungry and min(n_bytes, self.budget_bytes // 2) <= self.budget_bytes - self.out_bytes
 
     # ------------------------------------------------------------------------------------------------------- credit
 
@@ -305,9 +298,8 @@ class Receiving:
                     self._paced_until = now + pause_s
                     break
                 ask = min(room, transfer.wanted.count, self.pace.most(now, transfer.unit_bytes))
-                allowed_bytes = max(self._allowed_bytes, transfer.unit_bytes)
-                n = min(ask, (allowed_bytes - self.out_bytes) // transfer.unit_bytes)
-                if n < min(ask, max(1, allowed_bytes // (2 * transfer.unit_bytes))):
+                n = min(ask, (self.budget_bytes - self.out_bytes) // transfer.unit_bytes)
+                if n < min(ask, max(1, self.budget_bytes // (2 * transfer.unit_bytes))):
                     break  # it stays first in the queue until a batch fits
                 actions.append(self._grant(transfer, n, now))
             self._hungry.popleft()
@@ -374,8 +366,6 @@ class Receiving:
         del self._peers[peer.name]
         if peer.hungry:
             self._hungry.remove(peer)
-        if not self._open:
-            self._allowed_bytes = min(self.budget_bytes, START_BYTES)
 
     # --------------------------------------------------------------------------------------------------------- time
 

@@ -9,7 +9,7 @@ from protocol.bitmap import Bitmap
 from protocol.errors import BadMessage
 from protocol.messages import Blob, Grant
 from protocol.pacing import Pace
-from protocol.transfer import START_BYTES, Action, Completed, GaveUp, Receiving, SendGrant, StopListening
+from protocol.transfer import Action, Completed, GaveUp, Receiving, SendGrant, StopListening
 
 KIB = 1024
 
@@ -188,23 +188,6 @@ def test_waiting_for_budget_is_not_the_peers_fault() -> None:
         n_done += isinstance(queue[0], Completed)
         queue = [action for action in queue if isinstance(action, SendGrant)]
     assert (n_done, now, pool.counts.n_voided) == (10, 80, 0)
-
-
-def test_of_a_large_budget_little_is_out_at_first_and_as_much_more_as_has_come() -> None:
-    mib, what = 2**20, blob(40, chunk=2**20, last=2**20)
-    pool = Receiving(window=32, budget_bytes=16 * mib)
-    assert grants(pool.open("x", what, 0)) == {("x", A): [(0, 8)]}
-    for index in range(8):
-        feed(pool, "x", what, index)
-        assert pool.out_bytes <= (9 + index) * mib
-    assert pool.out_bytes > START_BYTES
-    pool.reset(1.0)
-    assert pool.out_bytes == START_BYTES, "on a new bus as at first"
-    for index in range(8, 40):
-        feed(pool, "x", what, index)
-        pool.check()
-    pool.open("x", blob(40, "b", chunk=mib, last=mib), 2.0)
-    assert pool.out_bytes == START_BYTES, "and after a rest"
 
 
 def test_there_is_room_while_nobody_waits_and_credit_is_left() -> None:
