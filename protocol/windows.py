@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 GAIN: Final = 2.0
 LEAST: Final = 2
 """One chunk on its way and one behind it."""
-SLACK_S: Final = 0.05
+SLACK_S: Final = 0.1
 """What may lie in queues beside what is on its way: processes that share a machine are that late now and then."""
 RATE_KEPT: Final = 0.998
 """Of the largest rate, per chunk: an hour ago the link was another one."""
