@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import pytest
 from agent.outbox import Outbox
 from protocol.errors import Unavailable
 from protocol.messages import Blob, Offer
+from tests.full_disk import largest_file
 
 DATA = bytes(range(256)) * 20
 
@@ -158,13 +158,8 @@ def test_an_update_of_another_size_is_not_offered(outbox: Outbox, tmp_path: Path
 
 def test_a_full_disk_is_said_clearly_and_the_outbox_goes_on(outbox: Outbox, tmp_path: Path) -> None:
     source = finished(tmp_path)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
-    try:
-        with pytest.raises(Unavailable, match="make room"):
-            outbox.keep(source, offer())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with largest_file(10), pytest.raises(Unavailable, match="make room"):
+        outbox.keep(source, offer())
     assert Outbox(outbox.folder).load() == []
     kept = outbox.keep(finished(tmp_path), offer())
     assert Outbox(outbox.folder).load() == [kept]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import resource
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
@@ -30,6 +29,7 @@ from protocol.spool import Spool
 from tests.conftest import Served
 from tests.coordinator.daemon.peer import PATIENCE_S, blob_of
 from tests.coordinator.daemon.stage import GOOD, PHASES, Stage, job_spec, undisturbed
+from tests.full_disk import largest_file
 
 MIB = 2**20
 
@@ -83,13 +83,8 @@ def fill(folder: Path, leave_bytes: int = 0) -> Path:
 @contextmanager
 def full_journal(one: Coordinator) -> Iterator[None]:
     """Every disk there is lets no file grow beyond the journal's log: so only the log is refused."""
-    log = Path(f"{one.store.path}-wal").stat().st_size
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (log, before[1]))
-    try:
+    with largest_file(Path(f"{one.store.path}-wal").stat().st_size):
         yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @contextmanager

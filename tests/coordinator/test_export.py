@@ -1,7 +1,6 @@
 """An export loads in PEFT as it is, and the loaded model computes base + B A."""
 
 import json
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from coordinator.export import export_peft
 from coordinator.lineage import LINEAGE_FILE, Card, RoundEntry
 from protocol.adapters import Adapter, Factors
 from protocol.errors import BadConfig, Unavailable
+from tests.full_disk import largest_file
 
 TOKENS = torch.arange(24).reshape(2, 12)
 
@@ -187,12 +187,7 @@ def test_nobody_elses_files_are_replaced(tmp_path: Path) -> None:
 def test_a_disk_that_refuses_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     big = {"model.q": Factors(rng.normal(size=(8, 512)).astype(np.float32), np.ones((512, 8), np.float32))}
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    try:
-        with pytest.raises(Unavailable, match="cannot be written"):
-            export_peft(big, tmp_path / "adapter", card=card())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with largest_file(4096), pytest.raises(Unavailable, match="cannot be written"):
+        export_peft(big, tmp_path / "adapter", card=card())
     assert list(tmp_path.iterdir()) == []
     export_peft(big, tmp_path / "adapter", card=card())

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
-import resource
 import signal
 import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -26,6 +24,7 @@ from coordinator.store import SCHEMA_VERSION, Entry, Store, Version
 from protocol import SOFTWARE
 from protocol.errors import BadConfig, Unavailable
 from protocol.messages import Blob, Evaluated, ExecState, Level, Offer, Report
+from tests.full_disk import largest_file
 
 T0 = 1_750_000_000.0
 
@@ -332,17 +331,6 @@ def test_a_file_that_is_no_database_is_refused_and_left_alone(path: Path) -> Non
 def test_a_folder_that_is_not_there_is_said_clearly(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="nowhere"):
         Store(tmp_path / "nowhere" / "journal.sqlite")
-
-
-@contextmanager
-def largest_file(n_bytes: int) -> Iterator[None]:
-    """The system refuses to let a file grow beyond this, as a full disk would (EFBIG for ENOSPC)."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 WRITES: dict[str, Callable[[Store], object]] = {

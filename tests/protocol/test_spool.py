@@ -2,14 +2,12 @@
 
 import hashlib
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any, BinaryIO
@@ -25,6 +23,7 @@ from protocol.errors import BadMessage, IllegalMove, Unavailable
 from protocol.frames import carried_checksum, decode_frame, encode_frame
 from protocol.messages import Blob
 from protocol.spool import MAX_OPEN, Partial, Spool
+from tests.full_disk import largest_file
 
 CHUNK = 1024
 DATA = Random(7).randbytes(10 * CHUNK + 77)
@@ -211,17 +210,6 @@ def test_a_blob_for_which_there_is_no_room_is_refused_before_it_comes(spool: Spo
     free_bytes = shutil.disk_usage(spool.blobs.folder).free
     with pytest.raises(Unavailable, match="make room"):
         Spool(spool.blobs, max_bytes=2**60).open(Blob(sha256="a" * 64, size=free_bytes + 2**30, chunk=2**30))
-
-
-@contextmanager
-def largest_file(n_bytes: int) -> Iterator[None]:
-    """The system refuses to let a file grow beyond this, as a full disk would (EFBIG for ENOSPC)."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_is_said_clearly_and_corrupts_nothing(spool: Spool) -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
@@ -15,6 +12,7 @@ import pytest
 from bench.transfer_live.node import CLOUD
 from protocol.bus import Connected
 from protocol.messages import Blob, Grant, Refuse
+from tests.full_disk import largest_file
 from tests.protocol.exchange.sides import CHUNK, Start, Wire, a_file
 
 # -------------------------------------------------------------------------------------------------------------- refusals
@@ -103,17 +101,6 @@ async def test_chunks_above_the_budget_are_lost_for_good(start: Start, tmp_path:
     end = await cloud.lost()
     assert not end.temporary
     assert "smaller chunks" in end.reason
-
-
-@contextmanager
-def largest_file(n_bytes: int) -> Iterator[None]:
-    """The system refuses to let a file grow beyond this, as a full disk would (EFBIG for ENOSPC)."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 async def test_a_disk_that_refuses_is_temporary_and_resumes(start: Start, wire: Wire, tmp_path: Path) -> None:
