@@ -145,6 +145,7 @@ class Bench:
             moved=lambda: asyncio.ensure_future(self._tell()) and None,
             allowed_bytes=unknown,
             look=lambda: None,
+            up_bytes_per_s=lambda: 0.0,
         )
 
     async def _tell(self) -> None:
