@@ -133,7 +133,8 @@ class Hostile:
     def _damaged(self) -> tuple[str, bytes]:
         whole = bytearray(self._packed(Presence(session=SESSION, online=True)))
         whole[self._random.randrange(len(whole))] ^= 1 << self._random.randrange(8)
-        return self._own("state"), bytes(whole[: self._random.randrange(1, len(whole))])
+        kept = self._random.choice([len(whole), self._random.randrange(1, len(whole))])
+        return self._own("state"), bytes(whole[:kept])
 
     def _other_version(self) -> tuple[str, bytes]:
         return self._any(), msgspec.msgpack.encode({"v": VERSION + 1, "b": {"t": "presence"}})

@@ -24,7 +24,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import google_crc32c
 import msgspec
 
 from coordinator import pieces
@@ -34,6 +33,7 @@ from coordinator.migrations import NEWEST, drop_copies
 from coordinator.opening import DAMAGED, is_alone, open_database
 from coordinator.past import Past, extended
 from protocol import SOFTWARE
+from protocol.crc import crc32c
 from protocol.errors import BadConfig, Unavailable
 from protocol.messages import Blob
 
@@ -105,7 +105,7 @@ _detail = msgspec.msgpack.Decoder(JobDetail).decode
 
 
 def _crc(number: float, body: bytes) -> int:
-    return int(google_crc32c.extend(google_crc32c.value(struct.pack(">d", number)), body))
+    return crc32c(struct.pack(">d", number), body)
 
 
 class Store:

@@ -2,9 +2,7 @@
 
     magic "fp" | version u8 | 0 | index u32 | bytes ... | crc32c u32 little-endian
 
-The transfer is named by the topic.  The checksum covers everything before it and comes last, little-endian, because a CRC
-over data followed by its own CRC is a constant: the receiver checks the payload it was given, in place, and copies nothing.
-It guards against a broken relay, disk or memory; against malice there is the digest of the whole blob.
+The transfer is named by the topic; the checksum (protocol/crc.py) covers everything before it.
 """
 
 from __future__ import annotations
@@ -12,8 +10,7 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-import google_crc32c
-
+from protocol.crc import TRAILER, crc32c, is_whole
 from protocol.errors import BadMessage
 from protocol.messages import Blob
 
@@ -29,8 +26,6 @@ OVERHEAD_BYTES: Final = 12
 
 _MAGIC = b"fp"
 _HEADER = struct.Struct(">2sBxI")
-_TRAILER = struct.Struct("<I")
-_RESIDUE = 0x48674BC7  # crc32c(x + little-endian crc32c(x)) for every x
 
 
 def chunk_for(bytes_per_s: float, most: int) -> int:
@@ -47,7 +42,7 @@ def chunk_for(bytes_per_s: float, most: int) -> int:
 def encode_frame(index: int, data: bytes) -> bytes:
     """One chunk as it goes over the bus; one copy of `data`.  `data` is 1 byte to 4 MiB, `index` fits 32 bits."""
     assert 0 < len(data) <= MAX_DATA_BYTES, "a chunk is never empty nor above 4 MiB"
-    return b"".join((_header(index), data, _TRAILER.pack(checksum(index, data))))
+    return b"".join((_header(index), data, TRAILER.pack(checksum(index, data))))
 
 
 def decode_frame(payload: bytes) -> tuple[int, memoryview]:
@@ -63,20 +58,19 @@ def decode_frame(payload: bytes) -> tuple[int, memoryview]:
         raise BadMessage(
             f"chunk frame version {version} is not {FRAME_VERSION}: upgrade the older side", "wrong_version"
         )
-    if google_crc32c.value(payload) != _RESIDUE:
+    if not is_whole(payload):
         raise BadMessage(f"chunk {index} was damaged on its way: checksum mismatch", "bad_frame")
-    return index, memoryview(payload)[_HEADER.size : -_TRAILER.size]
+    return index, memoryview(payload)[_HEADER.size : -TRAILER.size]
 
 
 def checksum(index: int, data: bytes) -> int:
     """The crc32c of a frame: of its header and its bytes."""
-    crc: int = google_crc32c.extend(google_crc32c.value(_header(index)), data)
-    return crc
+    return crc32c(_header(index), data)
 
 
 def carried_checksum(payload: bytes) -> int:
     """The checksum that a frame carries; `decode_frame` has verified it."""
-    (crc,) = _TRAILER.unpack_from(payload, len(payload) - _TRAILER.size)
+    (crc,) = TRAILER.unpack_from(payload, len(payload) - TRAILER.size)
     return int(crc)
 
 

@@ -516,7 +516,8 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True):
     """Around every message: version, sender's clock, session nonce and sequence number.
 
     Fields: v major version; ts seconds since the epoch on the sender's clock; ses the sender's session; seq counts the
-    sender's messages in this session, so a gap shows a loss and a repeat shows a duplicate.
+    sender's messages in this session, so a gap shows a loss and a repeat shows a duplicate; crc the crc32c of all bytes
+    before it, little-endian and last of all, or nothing from a sender that has none.
     """
 
     v: int
@@ -524,3 +525,4 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True):
     ses: Session
     seq: Count
     b: Body
+    crc: Annotated[bytes, Meta(max_length=4)] = b""

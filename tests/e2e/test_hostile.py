@@ -25,7 +25,7 @@ N_FLOOD = 5000
 N_LINES = 400
 REFUSED = {
     *("bad_message", "wrong_version", "wrong_type", "oversized", "bad_topic", "stranger", "flood", "stale_session"),
-    *("stray_chunk", "unknown_job"),
+    *("stray_chunk", "unknown_job", "damaged"),
 }
 
 

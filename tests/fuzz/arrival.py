@@ -19,7 +19,8 @@ NAMES = ["a", "a", "a", "b", "UP", "x" * 70, "", "+", "#", "a\0b"]
 SIDES = ["up", "up", "up", "down", "", "x"]
 HUGE = [b"\x81" * (most + 1) for most in (codec.MAX_SMALL_BYTES, codec.MAX_MESSAGE_BYTES)]
 KINDS = SAID_AGAIN | {
-    *("bad_message", "wrong_type", "wrong_version", "oversized", "bad_topic", "flood", "stranger_flood", "fleet_full"),
+    *("bad_message", "damaged", "wrong_type", "wrong_version", "oversized", "bad_topic", "flood", "fleet_full"),
+    "stranger_flood",
 }
 
 

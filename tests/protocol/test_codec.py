@@ -119,6 +119,28 @@ def test_a_damaged_message_is_accepted_or_a_bad_message(data: st.DataObject) -> 
         decode(bytes(payload))
 
 
+def test_a_flipped_bit_changes_nothing_that_is_said() -> None:
+    whole = encode(Grant(xfer="0" * 32, ranges=[(0, 8), (12, 4)]), session=SESSION, seq=1, now=1.0)
+    said, n_refused = decode(whole), 0
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        try:
+            found = decode(bytes(damaged))
+        except BadMessage:
+            n_refused += 1
+        else:
+            assert msgspec.structs.replace(found, crc=said.crc) == said
+    assert n_refused > 8 * (len(whole) - 8)  # the rest are bits of the checksum's own name, which is then unknown
+
+
+def test_damage_is_counted_as_such() -> None:
+    whole = encode(Cancel(job="job", round=1, attempt=1), session=SESSION, seq=1, now=1.0)
+    with pytest.raises(BadMessage, match="damaged") as refused:
+        decode(whole.replace(b"job", b"jab"))
+    assert refused.value.kind == "damaged"
+
+
 def test_every_truncation_is_a_bad_message() -> None:
     payload = encode(Presence(session=SESSION, online=True, methods=["qlora"]), session=SESSION, seq=0, now=1.0)
     for length in range(len(payload)):
