@@ -22,7 +22,7 @@ from agent.core import events as ev
 from agent.core.session import Session
 from agent.door import Door
 from agent.outbox import Outbox
-from agent.probe import PROBE, Probe
+from agent.probe import Probe
 from agent.resources import Resources
 from agent.traffic import COORDINATOR, Traffic
 from agent.training import Training
@@ -103,7 +103,7 @@ class Agent:
             look=self.resources.watch.energy,
             up_bytes_per_s=lambda: self.resources.caps.capped_up(self.traffic.carried_bytes_per_s),
         )
-        up_probe = self.topics.up_chunk(config.agent, PROBE)
+        up_probe = self.topics.up_probe(config.agent)
         self._probe = Probe(self.bus, up_probe, self.resources.link, self.clock, self.resources.report_change)
         self._answers = Answers(self.topics, config.agent)
         self._complaints = OncePer()

@@ -1,8 +1,9 @@
 """How fast is the uplink, before anything was uploaded?
 
 The broker acknowledges a QoS 1 message when it has all of it, so the time to the acknowledgement of one chunk, less that of
-a message of one byte, is the time of the chunk's bytes on the way.  It goes where chunks go, as a transfer that nobody asked
-for: the coordinator drops such a chunk unread, and no access rule is needed beyond those for uploads.
+a message of one byte, is the time of the chunk's bytes on the way.  Nobody subscribes to where it goes, so the broker forgets it at
+once: a fleet that comes back probes all its links within half a minute, and handing that on would be a quarter of a gigabyte for a
+thousand agents, which waits in the broker for a coordinator that throws it away.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from typing import Final
 from agent.profiler import Link
 from protocol.bus import Bus, BusError
 
-PROBE: Final = "0" * 32
-"""The transfer's name."""
 MIN_S: Final = 1e-3
 """Nothing shorter is believed: the two acknowledgements alone differ by as much."""
 AGAIN_S: Final = 3600.0

@@ -2,6 +2,7 @@
 
     fed/v1/{fleet}/c/state | c/job/{job} | c/blob/{xfer}
     fed/v1/{fleet}/a/{agent}/up/{leaf}      and  up/d/{xfer}     agent -> coordinator
+    fed/v1/{fleet}/a/{agent}/up/probe/uplink                     agent -> broker
     fed/v1/{fleet}/a/{agent}/down/{leaf}    and  down/d/{xfer}   coordinator -> agent
 
 The sender of a message is read from its topic, never from its payload: the broker's access control guards topics.
@@ -108,13 +109,17 @@ class Topics:
         """Chunks of an upload."""
         return f"{self.root}/a/{agent}/up/d/{xfer}"
 
+    def up_probe(self, agent: str) -> str:
+        """Nobody listens: how fast the broker has it is all that an agent wants to know, and its right to write covers it."""
+        return f"{self.root}/a/{agent}/up/probe/uplink"
+
     def down_chunk(self, agent: str, xfer: str) -> str:
         """Chunks of a download to one agent."""
         return f"{self.root}/a/{agent}/down/d/{xfer}"
 
     def coordinator_subscriptions(self) -> list[str]:
-        """What the coordinator listens to: everything that agents say."""
-        return [f"{self.root}/a/+/up/#"]
+        """What the coordinator listens to: everything that agents say to it."""
+        return [f"{self.root}/a/+/up/+", f"{self.root}/a/+/up/d/+"]
 
     def agent_subscriptions(self, agent: str) -> list[str]:
         """What an agent always listens to; blobs are subscribed to while one is wanted."""

@@ -14,7 +14,6 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import suppress
 from typing import Final, NamedTuple
 
-from agent.probe import PROBE
 from fedpipe.doctor.findings import Finding, failed, objected, ok, skipped, warning
 from protocol import codec
 from protocol.bus import BrokerConfig, Bus, BusError, Connected, Denied, Disconnected, Received, mqtt_bus
@@ -27,6 +26,7 @@ CHECKS: Final = ("mqtt", "packet-size", "receive-maximum", "publish", "acl", "su
 HEARD: Final = ("coordinator", "clock")
 """What an agent sees beside: the coordinator's retained birth."""
 PATIENCE_S: Final = 15.0
+NO_BLOB: Final = "0" * 32
 HEARD_S: Final = 2.0
 """A retained message comes at once behind the subscription's acknowledgement."""
 FRAME_BYTES: Final = 512
@@ -54,15 +54,13 @@ def as_agent(fleet: str, agent: str, client_id: str, opened: Callable[[str, byte
     """What an agent does."""
     topics = Topics(fleet)
     heard = topics.agent_subscriptions(agent)
-    return Guest(
-        client_id, topics.up_chunk(agent, PROBE), topics.blob(PROBE), heard, topics.coordinator_state(), opened
-    )
+    return Guest(client_id, topics.up_probe(agent), topics.blob(NO_BLOB), heard, topics.coordinator_state(), opened)
 
 
 def as_coordinator(fleet: str, client_id: str) -> Guest:
     """What a coordinator does; what agents say is listened to under a name that no agent has."""
     topics = Topics(fleet)
-    return Guest(client_id, topics.blob(PROBE), "", [f"{topics.root}/a/-/up/#"], "")
+    return Guest(client_id, topics.blob(NO_BLOB), "", [f"{topics.root}/a/-/up/#"], "")
 
 
 def session(config: BrokerConfig, guest: Guest) -> Iterator[Finding]:

@@ -64,7 +64,7 @@ def test_every_topic_is_there_and_carries_a_message_or_chunks() -> None:
     built = {fleet.coordinator_state(), fleet.job("{job}"), fleet.blob("{xfer}")}
     built |= {fleet.up("{agent}", leaf) for leaf in UP_LEAVES}  # type: ignore[arg-type]
     built |= {fleet.down("{agent}", leaf) for leaf in DOWN_LEAVES}  # type: ignore[arg-type]
-    built |= {fleet.up_chunk(**own, xfer="{xfer}"), fleet.down_chunk(**own, xfer="{xfer}")}
+    built |= {fleet.up_chunk(**own, xfer="{xfer}"), fleet.down_chunk(**own, xfer="{xfer}"), fleet.up_probe(**own)}
     assert set(found) == {topic.replace("/main/", "/{fleet}/") for topic in built}
     carried = {word for row in found.values() for word in re.findall(r"`(\w+)`", row[3])}
     assert carried == {tag(message) for message in get_args(Body)}

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from paho.mqtt.client import topic_matches_sub
 
 from protocol.errors import BadMessage
 from protocol.topics import DOWN_LEAVES, UP_LEAVES, FromAgent, FromCoordinator, ToAgent, Topics, is_id, is_xfer
@@ -102,5 +103,8 @@ def test_ids_and_transfer_names() -> None:
 
 def test_a_message_is_received_by_its_side_only() -> None:
     topics = Topics("home")
-    assert topics.coordinator_subscriptions() == ["fed/v1/home/a/+/up/#"]
+    assert topics.coordinator_subscriptions() == ["fed/v1/home/a/+/up/+", "fed/v1/home/a/+/up/d/+"]
     assert topics.agent_subscriptions("edge-01") == ["fed/v1/home/a/edge-01/down/#", "fed/v1/home/c/state"]
+    said = [*(topics.up("a", leaf) for leaf in ("state", "offer")), topics.up_chunk("a", "0" * 32)]
+    assert all(any(topic_matches_sub(each, topic) for each in topics.coordinator_subscriptions()) for topic in said)
+    assert not any(topic_matches_sub(each, topics.up_probe("a")) for each in topics.coordinator_subscriptions())
