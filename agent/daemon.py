@@ -101,7 +101,7 @@ class Agent:
             moved=self._progress_due.set,
             allowed_bytes=self.resources.allowed_bytes,
             look=self.resources.watch.energy,
-            up_bytes_per_s=lambda: self.resources.caps.capped_up(self.traffic.carried_bytes_per_s),
+            up_bytes_per_s=lambda: self.resources.caps.capped_up(self.resources.link.up_bytes_per_s),
         )
         up_probe = self.topics.up_probe(config.agent)
         self._probe = Probe(self.bus, up_probe, self.resources.link, self.clock, self.resources.report_change)

@@ -60,8 +60,6 @@ class Traffic:
         self._blobs, self._outbox, self._link, self._caps = blobs, outbox, link, caps
         self._clock, self._say, self._tell = clock, say, tell
         self.uploads = Uploads()
-        self.carried_bytes_per_s = 0.0
-        """What the last update went up at; 0 before the first.  A thousand agents that probe their links at once learn nothing of them."""
         self.exchange = Exchange(
             bus=bus,
             spool=Spool(blobs, max_bytes=config.limits.max_model_bytes),
@@ -150,9 +148,7 @@ class Traffic:
         """The coordinator has an update."""
         owed = self._owed.get(xfer)
         if owed is not None and owed.pulled_since is not None:
-            took_s = self._clock() - owed.pulled_since
-            self._link.up(owed.n_bytes, took_s)
-            self.carried_bytes_per_s = owed.n_bytes / max(took_s, 1e-6)
+            self._link.up(owed.n_bytes, self._clock() - owed.pulled_since)
             owed.pulled_since = None
 
     def forget(self, xfer: str) -> None:

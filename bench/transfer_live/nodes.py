@@ -12,6 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final, Self
 
+from agent.probe import uplink_seconds
 from bench.transfer_live.node import CLOUD, Node
 from bench.transfer_live.world import link
 from protocol.bus import BrokerConfig, mqtt_bus
@@ -36,7 +37,7 @@ class Live(Node):
         self.n_chunks, self.n_lost, self.n_dropped = 0, 0, 0
         self.whole_at: dict[str, float] = {}
         self._arrived, self._counting = asyncio.Event(), 0
-        self._lose, self._random = lose, Random(name)
+        self._lose, self.random = lose, Random(name)
 
     async def __aenter__(self) -> Self:
         await super().__aenter__()
@@ -68,7 +69,7 @@ class Live(Node):
         self.n_chunks += 1
         if self.n_chunks == self._counting:
             self._arrived.set()
-        if self._lose and self._random.random() < self._lose:
+        if self._lose and self.random.random() < self._lose:
             self.n_lost += 1
             return
         super().chunk(peer, xfer, payload, heard=heard)
@@ -127,10 +128,20 @@ async def _obey(pipe: Connection, url: str, folder: Path, names: list[str], sett
                 case ("publish", path, blob):
                     for node in nodes:
                         await _publish(node, path, blob)
+                case ("probe", n_bytes, within_s):
+                    pipe.send(await asyncio.gather(*(_probe(node, n_bytes, within_s) for node in nodes)))
                 case ("pull", blob, sizes):
                     pipe.send(await asyncio.gather(*(_pull(*one, blob) for one in zip(nodes, sizes, strict=True))))
                 case ("stop",):
                     return
+
+
+async def _probe(node: Live, n_bytes: int, within_s: float) -> float:
+    """Bytes per second of a node's link, as an agent measures them before its first update."""
+    await asyncio.sleep(node.random.uniform(0, within_s))
+    seconds = await uplink_seconds(node.bus, TOPICS.up_probe(node.name), n_bytes)
+    assert seconds is not None, f"{node.name}: the connection was lost"
+    return n_bytes / seconds
 
 
 async def _publish(node: Live, path: Path, blob: Blob) -> None:

@@ -18,8 +18,10 @@ from bench.transfer_live.nodes import Agents, Live
 from bench.transfer_live.world import CHUNK_BYTES, added_cpu_s, content
 from coordinator.config import Transfer
 from protocol.frames import chunk_for
+from protocol.messages import Blob
 
 MB: Final = 10**6
+PROBED_WITHIN_S: Final = 10.0
 AS_CONFIGURED: Final = {"window": Transfer().window, "budget_bytes": Transfer().budget_bytes}
 """The coordinator's receiving side, unless somebody configures it otherwise."""
 
@@ -123,21 +125,28 @@ async def distance(port: int, folder: Path, mbit_per_s: float, n_bytes: int) -> 
 async def narrow(
     port: int, folder: Path, mbit_per_s: float, n_bytes: int, n_agents: int, n_processes: int = 4
 ) -> dict[str, Any]:
-    """Uploads of many agents, each behind a narrow link of its own: how much of all their bandwidth is used until the last is whole."""
+    """First uploads of many agents, each behind a narrow link of its own: how much of all their bandwidth is used until the last is whole.
+
+    Each probes its link and cuts its update by what it found, as the daemon does.
+    """
     url, bytes_per_s = f"mqtt://127.0.0.1:{port}", mbit_per_s * 1e6 / 8
     names = [f"n{n}" for n in range(n_agents)]
-    chunk = chunk_for(bytes_per_s, CHUNK_BYTES)  # as an agent cuts it that knows its link
-    whole = [content(folder, n_bytes, 200 + n) for n in range(n_agents)]
-    files = [(path, msgspec.structs.replace(blob, chunk=chunk)) for path, blob in whole]
+    fleet: list[Agents] = []
     async with AsyncExitStack() as stack:
         cloud = await stack.enter_async_context(Live(url, folder, CLOUD, **AS_CONFIGURED))
         for i in range(n_processes):
             there = Agents(url, folder, names[i::n_processes], link=(bytes_per_s, 0.02))
-            agents = await stack.enter_async_context(there)
-            agents.do("offer", files[i::n_processes])
+            fleet.append(await stack.enter_async_context(there))
+            fleet[i].do("probe", CHUNK_BYTES, PROBED_WITHIN_S)
+        files: dict[str, tuple[Path, Blob]] = {}
+        for i, agents in enumerate(fleet):
+            for name, carried in zip(names[i::n_processes], await agents.answer(), strict=True):
+                path, blob = content(folder, n_bytes, 200 + len(files))
+                files[name] = path, msgspec.structs.replace(blob, chunk=chunk_for(carried, CHUNK_BYTES))
+            agents.do("offer", [files[name] for name in names[i::n_processes]])
             await agents.answer()
         started = time.monotonic()
-        for name, (_, blob) in zip(names, files, strict=True):
+        for name, (_, blob) in files.items():
             cloud.pull(name, blob)
         for _ in names:
             await cloud.pulled()
@@ -145,6 +154,7 @@ async def narrow(
         return {
             "agents": n_agents,
             "mbit_per_s_each": mbit_per_s,
+            "chunk_bytes": sorted({blob.chunk for _, blob in files.values()}),
             "seconds": round(took_s, 1),
             "used_ratio": round(n_bytes / bytes_per_s / took_s, 2),
             "sent_again": cloud.exchange.pulling.receiving.counts.n_voided,
