@@ -33,8 +33,8 @@ async def throughput(port: int, folder: Path, n_bytes: int, n_times: int = 7) ->
     spent = {"bare": [0.0, 0.0], "verified": [0.0, 0.0]}
     async with Live(url, folder, CLOUD, **AS_CONFIGURED) as cloud, Agents(url, folder, ["a0"]) as agent:
         pids = {"sender": agent.pid, "receiver": os.getpid()}
-        for seed in range(n_times):
-            path, blob = content(folder, n_bytes, seed)
+        files = [content(folder, n_bytes, seed) for seed in range(n_times)]
+        for path, blob in files:
             with added_cpu_s(spent["bare"], pids.values()):
                 started, counting = time.monotonic(), asyncio.create_task(cloud.count(blob.n_chunks))
                 agent.do("publish", path, blob)

@@ -13,6 +13,7 @@ from typing import Final
 
 from bench.transfer_live.node import blob_of
 from fedpipe.broker import free_port, mosquitto_command
+from protocol.files import replacing
 from protocol.messages import Blob
 
 CHUNK_BYTES: Final = 256 * 1024
@@ -91,7 +92,8 @@ def added_cpu_s(total: list[float], pids: Iterable[int]) -> Iterator[None]:
 
 
 def content(folder: Path, n_bytes: int, seed: int) -> tuple[Path, Blob]:
-    """A file of random bytes, and its blob."""
+    """A file of random bytes, and its blob.  It is on the disk, which has other work while something is measured."""
     path, random = folder / f"content-{seed}", Random(seed)
-    path.write_bytes(b"".join(random.randbytes(2**20) for _ in range(n_bytes // 2**20)))
+    with replacing(path) as file:
+        file.writelines(random.randbytes(2**20) for _ in range(n_bytes // 2**20))
     return path, blob_of(path, CHUNK_BYTES)
