@@ -334,9 +334,9 @@ class Link(aiomqtt.Client):
                 if not command:
                     rc = MQTTErrorCode.MQTT_ERR_CONN_LOST
                 elif command & 0xF0 == MessageType.PUBLISH:
-                    rc = self._publish_came(client, command, memoryview(body))
+                    rc = self._publish_came(client, command, body)
                 else:
-                    client._in_packet = {"command": command, "remaining_length": len(body), "packet": body}  # type: ignore[typeddict-item]  # noqa: SLF001
+                    client._in_packet = {"command": command, "remaining_length": len(body), "packet": bytes(body)}  # type: ignore[typeddict-item]  # noqa: SLF001
                     rc = client._packet_handle()  # noqa: SLF001
                 if rc > 0:
                     client._loop_rc_handle(rc)  # noqa: SLF001
